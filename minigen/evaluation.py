@@ -1,0 +1,277 @@
+"""Methods (closed-book, prompting, adapter) x suites (documents, objectives), with what each costs; and the bench."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .generator import Adapter, AdapterGenerator, ContextState
+from .models import answer, window
+from .tasks import Document, Question, answer_recall, exact_match, f1
+from .training import Target, question_prompt, target_losses
+
+NEW_TOKENS = 20
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An LM, its tokenizer and the generator that was trained for it: all that a method needs to answer."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    generator: AdapterGenerator
+
+    def read(self, text: str) -> ContextState:
+        """The state of a text, as it stands, without a template around it."""
+        return self.generator.read(self.lm, self.tokenizer(text, return_tensors="pt").input_ids.to(self.lm.device))
+
+    @torch.no_grad()
+    def adapter(self, text: str) -> Adapter:
+        """The adapter of a text."""
+        return self.generator.write(self.read(text))
+
+
+# ------------------------------------------------------------------------------------------------- methods
+
+
+def closed_book(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
+    """The plain LM without the text: what it knows, or guesses, anyway."""
+    return answer(reader.lm, reader.tokenizer, [question_prompt(question) for question in questions], NEW_TOKENS)
+
+
+def prompting(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
+    """The plain LM with the text in every prompt, in the wording that did best on the development documents."""
+    room = window(reader.lm) - NEW_TOKENS - 128
+    tokens = reader.tokenizer(context).input_ids
+    seen = context if len(tokens) <= room else reader.tokenizer.decode(tokens[-room:])
+    return answer(reader.lm, reader.tokenizer, [PROMPT(reader.tokenizer, seen, question) for question in questions], NEW_TOKENS)
+
+
+def adapter(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
+    """The LM with the adapter of the text merged into its weights, and the question alone in its prompt."""
+    update = reader.adapter(context)
+    update.merge_into(reader.lm)
+    try:
+        return closed_book(reader, context, questions)
+    finally:
+        update.restore(reader.lm)
+
+
+METHODS: dict[str, Callable[[Reader, str, Sequence[str]], list[str]]] = {"closed-book": closed_book, "prompting": prompting, "adapter": adapter}
+
+
+def plain_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
+    return f"{context}\n\n{question_prompt(question)}"
+
+
+def instructed_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
+    return f"Answer the question with a few words from the text.\n\nText: {context}\n\n{question_prompt(question)}"
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
+    return _chat(tokenizer, f"{context}\n\n{question}")
+
+
+def brief_chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
+    return _chat(tokenizer, f"{context}\n\n{question} Answer with a few words from the text.")
+
+
+def led_chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
+    return _chat(tokenizer, f"{context}\n\n{question}") + "The answer is:"
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+
+
+WORDINGS = {"plain": plain_prompt, "instructed": instructed_prompt, "chat": chat_prompt, "brief chat": brief_chat_prompt, "led chat": led_chat_prompt}
+PROMPT = plain_prompt
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+def empty_context(documents: Sequence[Document], n: int) -> str:
+    return "\n"
+
+
+def wrong_context(documents: Sequence[Document], n: int) -> str:
+    return documents[(n + 1) % len(documents)].text
+
+
+def shuffled_context(documents: Sequence[Document], n: int) -> str:
+    words = documents[n].text.split()
+    random.Random(n).shuffle(words)
+    return " ".join(words)
+
+
+CONTROLS = {"empty": empty_context, "wrong": wrong_context, "shuffled": shuffled_context}
+
+
+# -------------------------------------------------------------------------------------------------- suites
+
+
+def evaluate_documents(reader: Reader, documents: Sequence[Document], methods: Sequence[str], controls: bool = True) -> dict:
+    """Ask every question of every document by every method; scores in percent, seconds and TFLOPs a question.
+
+    The controls ask the adapter method the same questions with an empty, another document's, and a word-shuffled context.
+    """
+    examples, results, control_scores = [], {}, {}
+    for name in methods:
+        began = time.perf_counter()
+        said = [METHODS[name](reader, d.text, [q.text for q in d.questions]) for d in tqdm(documents, desc=name, unit="document", disable=None)]
+        seconds = time.perf_counter() - began
+        results[name] = score(documents, said) | {"seconds": round(seconds / max(1, sum(map(len, said))), 4)} | cost(reader, name, documents)
+        for number, (document, predictions) in enumerate(zip(documents, said, strict=True)):
+            examples += [
+                {"document": number, "method": name, "question": q.text, "answers": list(q.answers), "prediction": p, "f1": round(f1(p, q.answers), 1)}
+                for q, p in zip(document.questions, predictions, strict=True)
+            ]
+    if controls and "adapter" in methods:
+        for name, context in CONTROLS.items():
+            shown = enumerate(tqdm(documents, desc=f"control: {name}", unit="document", disable=None))
+            said = [adapter(reader, context(documents, n), [q.text for q in d.questions]) for n, d in shown]
+            control_scores[name] = score(documents, said)
+    return {"n": sum(len(d.questions) for d in documents), "methods": results, "controls": control_scores, "examples": examples}
+
+
+def score(documents: Sequence[Document], predictions: Sequence[Sequence[str]]) -> dict:
+    """F1 with its bootstrap 95 % interval, exact match and answer recall, in percent over all questions."""
+    pairs: list[tuple[str, Question]] = [
+        (p, q) for document, said in zip(documents, predictions, strict=True) for p, q in zip(said, document.questions, strict=True)
+    ]
+    f1s = [f1(p, q.answers) for p, q in pairs]
+    rng = random.Random(0)
+    resampled = sorted(statistics.fmean(rng.choices(f1s, k=len(f1s))) for _ in range(1000))
+    return {
+        "f1": round(statistics.fmean(f1s), 1),
+        "em": round(statistics.fmean(exact_match(p, q.answers) for p, q in pairs), 1),
+        "recall": round(statistics.fmean(answer_recall(p, q.answers) for p, q in pairs), 1),
+        "ci95": [round(resampled[25], 1), round(resampled[974], 1)],
+    }
+
+
+def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
+    """TFLOPs to answer one question of the mean document once it was read, and the floats kept of it meanwhile."""
+    questions = [q.text for d in documents for q in d.questions]
+    asked = statistics.fmean(len(reader.tokenizer(question_prompt(q)).input_ids) for q in questions) + NEW_TOKENS
+    context = statistics.fmean(len(reader.tokenizer(d.text).input_ids) for d in documents)
+    config, rank = reader.lm.config, min(reader.generator.config.rank, reader.generator.config.q)
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    kv = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
+    kept = {"closed-book": 0, "prompting": kv * context, "adapter": sum(rank * (layer.i + layer.o) for layer in reader.generator.layers)}
+    tokens = asked + (context if method == "prompting" else 0)
+    return {"tflops": round(forward_flops(reader.lm, tokens) / 1e12, 5), "storage_floats": round(kept[method])}
+
+
+def forward_flops(lm: PreTrainedModel, tokens: float) -> float:
+    """Floating-point operations of one pass over n tokens, two a multiply-add.   2 n (weights of the matrices) + 4 n^2 h layers / 2"""
+    matrices = sum(p.numel() for p in lm.parameters() if p.ndim == 2)
+    embeddings = lm.get_input_embeddings().weight.numel()
+    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    weights = matrices - (0 if tied else embeddings)
+    return 2 * tokens * weights + 2 * tokens**2 * lm.config.hidden_size * lm.config.num_hidden_layers
+
+
+@torch.no_grad()
+def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
+    """Perplexity of raw text, paragraph by paragraph, with no context but an adapter.
+
+    reconstruction: a paragraph under its own adapter; completion: its second half under the adapter of its first;
+    each against the plain LM and against the adapter of another paragraph.
+    """
+    tokens = [ids for text in texts if len(ids := reader.tokenizer(text).input_ids) >= 8]
+    reads = [ids[: window(reader.lm)] for ids in tokens]
+    halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in reads]
+    suites = {"reconstruction": [(ids, ids) for ids in reads], "completion": halves}
+    results = {}
+    for objective, pairs in suites.items():
+        adapters = [reader.generator.write(reader.generator.read(reader.lm, torch.tensor([read]))) for read, _ in pairs]
+        losses: dict[str, list] = {"plain": [], "adapter": [], "wrong adapter": []}
+        for n, (_, said) in enumerate(tqdm(pairs, desc=objective, unit="paragraph", disable=None)):
+            for name, update in (("plain", None), ("adapter", adapters[n]), ("wrong adapter", adapters[(n + 1) % len(pairs)])):
+                losses[name].append(_losses(reader, said, update))
+        results[objective] = {name: round(torch.cat(values).mean().exp().item(), 2) for name, values in losses.items()}
+    return {"n": len(tokens), "perplexity": results}
+
+
+def _losses(reader: Reader, tokens: list[int], update: Adapter | None) -> torch.Tensor:
+    target = [Target(tokens, 1)]
+    if update is None:
+        return target_losses(reader.lm, 0, target)[0]
+    with update.applied_to(reader.lm):
+        return target_losses(reader.lm, 0, target)[0]
+
+
+# --------------------------------------------------------------------------------------------------- bench
+
+
+@torch.no_grad()
+def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
+    """Speed and size as ratios within one run: medians of interleaved repetitions, in seconds (bytes for the state)."""
+    lm, generator = reader.lm, reader.generator
+    ids = torch.arange(tokens)[None] % (lm.config.vocab_size - 10) + 5
+    state = generator.read(lm, ids)
+    update = generator.write(state)
+    prompt = reader.tokenizer(question_prompt("What is it?"), return_tensors="pt").input_ids
+
+    def generate() -> None:
+        lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=32, max_new_tokens=32, do_sample=False, pad_token_id=0)
+
+    def merged() -> float:
+        update.merge_into(lm)
+        try:
+            return seconds(generate)
+        finally:
+            update.restore(lm)
+
+    def hooked() -> float:
+        with update.applied_to(lm):
+            return seconds(generate)
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    timed = {
+        "forward pass": lambda: seconds(lambda: lm(ids)),
+        "read": lambda: seconds(lambda: generator.read(lm, ids)),
+        "write": lambda: seconds(lambda: generator.write(state)),
+        "generation plain": lambda: seconds(generate),
+        "generation merged": merged,
+        "generation hooked": hooked,
+    }
+    runs: dict[str, list[float]] = {name: [] for name in timed}
+    for repeat in tqdm(range(repeats + 1), desc="bench", unit="round", disable=None):
+        for name, work in timed.items():
+            taken = work()
+            if repeat:  # the first round warms up
+                runs[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in runs.items()}
+
+    def row(top: str, bottom: str, name: str | None = None) -> dict:
+        return {
+            "name": name or f"{top} / {bottom}",
+            "ratio": round(medians[top] / medians[bottom], 4),
+            "numerator": round(medians[top], 5),
+            "denominator": round(medians[bottom], 5),
+            "sizes": {"tokens": tokens, "new_tokens": 32, "repeats": repeats},
+        }
+
+    chunks = [generator.read(lm, chunk) for chunk in ids.chunk(32, dim=1)]
+    one, many = chunks[0].S.nbytes, reduce(add, chunks).S.nbytes
+    return [
+        row("read", "forward pass"),
+        row("write", "forward pass"),
+        row("generation merged", "generation plain", "generation merged / plain"),
+        row("generation hooked", "generation plain", "generation hooked / plain"),
+        {"name": "state bytes chunk 32 / chunk 1", "ratio": many / one, "numerator": many, "denominator": one, "sizes": {"tokens": tokens}},
+    ]

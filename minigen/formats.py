@@ -1,0 +1,130 @@
+"""What leaves and enters: generator folders (safetensors and JSON), PEFT LoRA folders. Nothing is ever half-written."""
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from .generator import AdaptedLayer, Adapter, AdapterGenerator, GeneratorConfig
+from .models import fingerprint
+
+WEIGHTS, CARD = "generator.safetensors", "generator.json"
+
+
+class BadGenerator(ValueError):
+    """A generator folder that cannot be used; its message says what was found and what to do."""
+
+
+@contextmanager
+def whole_folder(target: str | Path):
+    """A scratch folder that replaces `target` when the block ends well, and disappears when it does not (full disk, kill)."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch.chmod(0o755)
+    try:
+        yield scratch
+        if target.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.replace(target, replaced / target.name)
+            os.replace(scratch, target)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(target: str | Path):
+    """A scratch file that replaces `target` when the block ends well, and disappears when it does not."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        yield scratch
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def save_generator(folder: str | Path, generator: AdapterGenerator, lm: PreTrainedModel, lm_name: str, provenance: dict) -> None:
+    """A generator folder: bf16 weights, and a card with its settings, its layers, its LM's fingerprint and where it came from."""
+    card = {
+        "lm": {"name": lm_name, "fingerprint": fingerprint(lm)},
+        "config": asdict(generator.config),
+        "layers": [asdict(layer) for layer in generator.layers],
+        "provenance": provenance,
+    }
+    with whole_folder(folder) as scratch:
+        save_file({k: v.detach().bfloat16().contiguous().cpu() for k, v in generator.state_dict().items()}, scratch / WEIGHTS)
+        (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def load_generator(folder: str | Path, lm: PreTrainedModel | None = None) -> AdapterGenerator:
+    """The generator in a folder, in fp32.   lm: if given, checked to be the one that it was made for.
+
+    Raises BadGenerator for a missing, truncated or foreign file, shapes that do not fit, weights that are not finite, another LM.
+    """
+    folder = Path(folder)
+    try:
+        card = json.loads((folder / CARD).read_text())
+        config = GeneratorConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()})
+        layers = [AdaptedLayer(**layer) for layer in card["layers"]]
+        made_for = card["lm"]
+        weights = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise BadGenerator(f"{folder}: {Path(error.filename or WEIGHTS).name} is missing; name a folder made by `minigen train`") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadGenerator(f"{folder / CARD}: not a generator's card ({error}); name a folder made by `minigen train`") from None
+    except SafetensorError as error:
+        raise BadGenerator(f"{folder / WEIGHTS}: truncated or not safetensors ({error}); fetch or train it again") from None
+    generator = AdapterGenerator(config, layers)
+    wanted = {k: tuple(v.shape) for k, v in generator.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in weights.items()}
+    if wanted != found:
+        odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))[0]
+        raise BadGenerator(f"{folder / WEIGHTS}: {odd} is {found.get(odd, 'missing')}, the card asks for {wanted.get(odd, 'no such tensor')}; fetch it again")
+    bad = [k for k, v in weights.items() if not v.isfinite().all()]
+    if bad:
+        raise BadGenerator(f"{folder / WEIGHTS}: {bad[0]} holds NaN or infinite values; fetch or train it again")
+    generator.load_state_dict({k: v.float() for k, v in weights.items()})
+    if lm is not None and fingerprint(lm) != made_for["fingerprint"]:
+        raise BadGenerator(
+            f"{folder}: made for {made_for['name']} ({made_for['fingerprint']}), but the LM given is another one ({fingerprint(lm)}); "
+            f"use --lm {made_for['name']}, or a generator trained for this LM"
+        )
+    return generator.eval().requires_grad_(False)
+
+
+def save_peft(adapter: Adapter, folder: str | Path, lm: PreTrainedModel) -> None:
+    """One adapter as a PEFT LoRA folder:   lora_A = down (r x i), lora_B = up (o x r), lora_alpha / r = scale"""
+    if adapter.batch != 1:
+        raise ValueError(f"a LoRA folder holds one adapter, this holds {adapter.batch}; choose a row first: adapter[[0]]")
+    rank = next(iter(adapter.down.values())).shape[1]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": lm.config.name_or_path,
+        "r": rank,
+        "lora_alpha": adapter.scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(type(lm.get_submodule(name)).__name__ == "Conv1D" for name in adapter.down),
+        "target_modules": list(adapter.down),
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name in adapter.down:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.down[name][0].detach().contiguous().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.up[name][0].detach().contiguous().cpu()
+    with whole_folder(folder) as scratch:
+        save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        (scratch / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,0 +1,372 @@
+"""Generative Adapter (arXiv 2411.05877) in one module: a frozen LM's hidden states of a context become a low-rank adapter.
+
+For one adapted linear layer W (o x i) in a transformer block with residual stream H:
+
+    S       = sum_n (A2 h_n)(B1^T h_n)^T        what the context leaves behind, one outer product per token   (eq. 3)
+    W_delta = s A1 norm_r(S) B2                 norm_r keeps the r leading singular directions, each with gain one
+
+Axes, the same letters everywhere: b batch, n tokens, h hidden width (d_h), i / o input / output width of an adapted
+layer, r rank kept, p / q the value and key side of the state (both d_r in the paper), l adapted layer.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+NULL_DIRECTION = 1e-5  # a singular value below this share of the largest is rounding noise, not content
+DAMPING = 1e-3  # of the gradient, where two singular values (relative to the largest) nearly coincide
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Settings of a generator; the defaults are those of the laptop model, the paper's 7B ones stand behind each.
+
+    targets: name suffixes of the linear layers to adapt, in any family (paper: attention output of every block).
+    blocks: indices of the transformer blocks to adapt, or None for all of them.
+    p, q: value and key side of the state (paper: d_r = 1024 both).  rank: directions kept (128).  alpha: s = alpha / p (64).
+    norm: a name in NORMS.  encode: "parallel" or "sequential", how later chunks of a context are read.
+    chunk: longest stretch of tokens read in one pass (1024).
+    """
+
+    targets: tuple[str, ...] = ("self_attn.o_proj", "attn.c_proj")
+    blocks: tuple[int, ...] | None = None
+    p: int = 128
+    q: int = 128
+    rank: int = 32
+    alpha: float = 128.0
+    norm: str = "svd"
+    encode: str = "parallel"
+    chunk: int = 1024
+
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} asked, but only {sorted(NORMS)} are known; use one of these or add yours to NORMS")
+        if self.encode not in ("parallel", "sequential"):
+            raise ValueError(f"encode={self.encode!r} asked, but only 'parallel' and 'sequential' exist; use one of these")
+        if not 1 <= self.rank <= min(self.p, self.q):
+            raise ValueError(f"rank={self.rank} asked of a {self.p} x {self.q} state; choose 1 to {min(self.p, self.q)}")
+
+
+# ----------------------------------------------------------------------------------------------- the maths
+
+
+def rms_norm(H: Float[Tensor, "b n h"], weight: Float[Tensor, " h"], eps: float = 1e-6) -> Float[Tensor, "b n h"]:
+    """The generator's own norm of the residual stream.   weight * h / sqrt(mean(h^2) + eps), statistics in fp32"""
+    H = H.float()
+    return weight * H * torch.rsqrt(H.square().mean(-1, keepdim=True) + eps)
+
+
+def outer_products(
+    H: Float[Tensor, "b n h"], A2: Float[Tensor, "p h"], B1: Float[Tensor, "h q"], mask: Bool[Tensor, "b n"]
+) -> Float[Tensor, "b p q"]:
+    """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T"""
+    H = H.masked_fill(~mask[..., None], 0.0)
+    values = einsum(H, A2, "b n h, p h -> b n p")
+    keys = einsum(H, B1, "b n h, h q -> b n q")
+    return einsum(values, keys, "b n p, b n q -> b p q")
+
+
+class LeadingDirections(torch.autograd.Function):
+    """The r leading singular directions of S, null ones set to zero:  S -> U_r, V_r, for losses that see only U_r V_r^T.
+
+    With dP = U^T dS V the differential of N = U_r V_r^T is, in the same bases, dN_ij = a_ij dP_ij + b_ij dP_ji where
+
+        i, j both kept:        a = 1 / (sigma_i + sigma_j),                    b = -a       (the polar factor)
+        k kept, d dropped:     a = sigma_k / (sigma_k^2 - sigma_d^2),          b = sigma_d / (sigma_k^2 - sigma_d^2)
+        both dropped:          a = b = 0
+
+    No term is left out, and none divides by the difference of two kept values, so equal ones do no harm. Every 1/x above,
+    x a sum or difference in units of sigma_1, is damped to x / (x^2 + DAMPING^2): exact to (DAMPING / x)^2, and finite for
+    every S, also where the gap at the cut closes or S is rank-deficient or zero. Adjoint:  dL/dS = U (a * G + b * G^T) V^T,  G = U^T dL/dN V.
+    """
+
+    @staticmethod
+    def forward(ctx, S: Float[Tensor, "*b p q"], rank: int):
+        p, q = S.shape[-2:]
+        side = max(p, q)  # padded with null directions, so that U and V are square
+        U, sigma, Vh = torch.linalg.svd(nn.functional.pad(S, (0, side - q, 0, side - p)))
+        kept = (torch.arange(side, device=S.device) < rank) & (sigma > NULL_DIRECTION * sigma[..., :1])
+        U, V = U[..., :p, :], Vh.mT[..., :q, :]
+        ctx.save_for_backward(U, V, sigma, kept)
+        kept = kept[..., None, :rank]
+        return U[..., :rank] * kept, V[..., :rank] * kept
+
+    @staticmethod
+    def backward(ctx, grad_left: Float[Tensor, "*b p r"], grad_right: Float[Tensor, "*b q r"]):
+        U, V, sigma, kept = ctx.saved_tensors
+        dropped_columns = (0, sigma.shape[-1] - grad_left.shape[-1])
+        columns = nn.functional.pad(U.mT @ grad_left, dropped_columns)  # G where its column is kept
+        rows = nn.functional.pad(V.mT @ grad_right, dropped_columns).mT  # G where its row is kept
+        G = torch.where(kept[..., None, :], columns, rows)
+
+        unit = sigma[..., :1, None].clamp_min(torch.finfo(sigma.dtype).tiny)
+        x, y = sigma[..., :, None] / unit, sigma[..., None, :] / unit
+        both = kept[..., :, None] & kept[..., None, :]
+        one = kept[..., :, None] ^ kept[..., None, :]
+        per_sum, per_gap = ((d / (d.square() + DAMPING**2)) for d in (x + y, (x - y).abs()))
+        a = both * per_sum + one * per_sum * per_gap * torch.maximum(x, y)
+        b = one * per_sum * per_gap * torch.minimum(x, y) - both * per_sum
+        return U @ (a * G + b * G.mT) @ V.mT / unit, None
+
+
+def svd_norm(S: Float[Tensor, "*b p q"], rank: int) -> tuple[Float[Tensor, "*b p r"], Float[Tensor, "*b q r"]]:
+    """SVDnorm: the leading singular directions with gain one, as factors.   norm_r(S) = U_r V_r^T, null directions zero"""
+    return LeadingDirections.apply(S, rank)
+
+
+def frobenius_norm(S: Float[Tensor, "*b p q"], rank: int) -> tuple[Float[Tensor, "*b p q"], Float[Tensor, "*b q q"]]:
+    """The ablation of table 2: the state scaled to length one, every direction kept.   norm(S) = S / ||S||_F"""
+    length = torch.linalg.matrix_norm(S, keepdim=True)
+    return no_norm(S / length.clamp_min(torch.finfo(S.dtype).tiny), rank)
+
+
+def no_norm(S: Float[Tensor, "*b p q"], rank: int) -> tuple[Float[Tensor, "*b p q"], Float[Tensor, "*b q q"]]:
+    """The state as it is, every direction kept.   norm(S) = S I"""
+    return S, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand(*S.shape[:-2], -1, -1)
+
+
+NORMS: dict[str, Callable] = {"svd": svd_norm, "frobenius": frobenius_norm, "none": no_norm}
+
+
+# ------------------------------------------------------------------------------------------- where it attaches
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One linear layer that gets an adapter: its module's name, its transformer block's, and the widths h, i, o."""
+
+    name: str
+    block: str
+    h: int
+    i: int
+    o: int
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """A linear layer's weight as W (o x i); GPT-2's Conv1D stores its transpose."""
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
+def adapted_layers(lm: nn.Module, config: GeneratorConfig) -> list[AdaptedLayer]:
+    """The LM's linear layers whose names end with one of config.targets, in the order of its blocks."""
+    found = []
+    for name, module in lm.named_modules():
+        block = re.match(r".*?\.(\d+)(?=\.)", name)
+        if block and name.endswith(config.targets) and (config.blocks is None or int(block[1]) in config.blocks):
+            o, i = weight_matrix(module).shape
+            found.append(AdaptedLayer(name, block[0], lm.config.hidden_size, i, o))
+    if not found:
+        linear = {re.sub(r".*\.\d+\.", "", name) for name, m in lm.named_modules() if re.search(r"\.\d+\.", name) and hasattr(m, "weight")}
+        raise ValueError(
+            f"targets {config.targets} in blocks {config.blocks or 'all'} asked, but {type(lm).__name__} has none; its blocks hold {sorted(linear)}"
+        )
+    return found
+
+
+class _LastBlockReached(Exception):
+    """Ends a forward pass whose later blocks nobody will look at."""
+
+
+def block_inputs(lm: nn.Module, layers: list[AdaptedLayer], **inputs: Tensor) -> list[Float[Tensor, "b n h"]]:
+    """H for every adapted layer: the residual stream as it enters the layer's block (before its norm), in one LM pass."""
+    streams: dict[str, Tensor] = {}
+    last = layers[-1].block
+
+    def hook(name):
+        def keep(module, args, kwargs):
+            streams[name] = (args[0] if args else kwargs["hidden_states"]).detach()
+            if name == last:
+                raise _LastBlockReached
+
+        return keep
+
+    handles = [
+        lm.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in dict.fromkeys(layer.block for layer in layers)
+    ]
+    try:
+        with torch.no_grad():
+            lm(**inputs, use_cache=False)
+    except _LastBlockReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [streams[layer.block] for layer in layers]
+
+
+# ------------------------------------------------------------------------------------------- state and adapter
+
+
+@dataclass
+class ContextState:
+    """All that is kept of a context: S per adapted layer and how many tokens went in; its size never grows (eq. 3).
+
+    States of separate documents add; subtracting a document's state forgets it, to rounding (parallel encoding).
+    """
+
+    S: Float[Tensor, "l b p q"]
+    tokens: Int[Tensor, " b"]
+
+    def __add__(self, other: "ContextState") -> "ContextState":
+        return ContextState(self.S + other.S, self.tokens + other.tokens)
+
+    def __sub__(self, other: "ContextState") -> "ContextState":
+        return ContextState(self.S - other.S, self.tokens - other.tokens)
+
+    def __getitem__(self, rows) -> "ContextState":
+        return ContextState(self.S[:, rows], self.tokens[rows])
+
+
+class Adapter:
+    """Rank-r factors for every adapted layer, one adapter per batch row:   W_delta = scale * up @ down
+
+    down: name -> (b, r, i) = V_r^T B2,  up: name -> (b, o, r) = A1 U_r: peft's lora_A and lora_B.
+    """
+
+    def __init__(self, down: dict[str, Float[Tensor, "b r i"]], up: dict[str, Float[Tensor, "b o r"]], scale: float):
+        self.down, self.up, self.scale = down, up, scale
+        self._replaced: dict[str, Tensor] = {}
+
+    def __getitem__(self, rows) -> "Adapter":
+        """The adapters of some batch rows, also repeated ones: adapter[[0, 0, 1]]."""
+        return Adapter({k: v[rows] for k, v in self.down.items()}, {k: v[rows] for k, v in self.up.items()}, self.scale)
+
+    @property
+    def batch(self) -> int:
+        return len(next(iter(self.down.values())))
+
+    def delta(self, name: str) -> Float[Tensor, "b o i"]:
+        """The dense update of one layer.   W_delta = scale * up @ down"""
+        return self.scale * self.up[name] @ self.down[name]
+
+    @contextmanager
+    def applied_to(self, lm: nn.Module):
+        """Within the block, y = W x + scale * up (down x) in every adapted layer; off afterwards, whatever happens inside."""
+
+        def hook(down, up):
+            def add_update(module, args, y):
+                x = args[0]
+                if len(down) not in (1, len(x)):
+                    raise ValueError(f"{len(down)} adapters for a batch of {len(x)} rows; give one per row (adapter[rows]) or a single one")
+                return y + self.scale * (x @ down.mT.to(x)) @ up.mT.to(x)
+
+            return add_update
+
+        handles = [lm.get_submodule(name).register_forward_hook(hook(self.down[name], self.up[name])) for name in self.down]
+        try:
+            yield lm
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def merge_into(self, lm: nn.Module) -> None:
+        """Add W_delta to the LM's weights, so that generation costs nothing extra; `restore` undoes it bit by bit."""
+        if self._replaced:
+            raise ValueError("this adapter is merged already; call restore(lm) before merging again")
+        if self.batch != 1:
+            raise ValueError(f"merging needs one adapter, this holds {self.batch}; choose a row first: adapter[[0]]")
+        for name in self.down:
+            W = weight_matrix(lm.get_submodule(name))
+            self._replaced[name] = W.clone()
+            W += self.delta(name)[0].to(W)
+
+    @torch.no_grad()
+    def restore(self, lm: nn.Module) -> None:
+        """Put back the very weights that `merge_into` replaced."""
+        for name, W in self._replaced.items():
+            weight_matrix(lm.get_submodule(name)).copy_(W)
+        self._replaced = {}
+
+
+# ------------------------------------------------------------------------------------------------- the generator
+
+
+class LayerGenerator(nn.Module):
+    """The parameters of one adapted layer, in the paper's names. A1 starts at zero: an untrained generator changes nothing."""
+
+    def __init__(self, layer: AdaptedLayer, p: int, q: int):
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(layer.h))
+        self.A1 = nn.Parameter(torch.zeros(layer.o, p))
+        self.A2 = nn.Parameter(torch.randn(p, layer.h) / layer.h**0.5)
+        self.B1 = nn.Parameter(torch.randn(layer.h, q) / layer.h**0.5)
+        self.B2 = nn.Parameter(torch.randn(q, layer.i) / layer.i**0.5)
+
+
+class AdapterGenerator(nn.Module):
+    """The trained part: `read` a context into a state, `write` a state out as an adapter."""
+
+    def __init__(self, config: GeneratorConfig, layers: list[AdaptedLayer]):
+        super().__init__()
+        self.config, self.layers = config, layers
+        self.by_layer = nn.ModuleList(LayerGenerator(layer, config.p, config.q) for layer in layers)
+
+    @classmethod
+    def for_lm(cls, lm: nn.Module, config: GeneratorConfig | None = None) -> "AdapterGenerator":
+        """An untrained generator for this LM."""
+        config = config or GeneratorConfig()
+        return cls(config, adapted_layers(lm, config))
+
+    def contribution(self, H: list[Float[Tensor, "b n h"]], mask: Bool[Tensor, "b n"]) -> ContextState:
+        """The state that one chunk adds, from the hidden states of its LM pass (eq. 3)."""
+        S = [outer_products(rms_norm(h, g.norm), g.A2, g.B1, mask) for h, g in zip(H, self.by_layer, strict=True)]
+        return ContextState(torch.stack(S), mask.sum(1))
+
+    def read_chunks(
+        self, lm: nn.Module, input_ids: Int[Tensor, "b n"], attention_mask: Int[Tensor, "b n"] | None = None
+    ) -> Iterator[ContextState]:
+        """Read a context chunk by chunk and yield what each adds; positions restart in every chunk, padding never enters.
+
+        Each row is cut on its own real tokens, so its state does not depend on its neighbours. parallel: every chunk is read
+        by the plain LM; sequential: by the LM with the adapter of the chunks before it.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} differ; give one 0 or 1 per token")
+        if not attention_mask.any(1).all():
+            raise ValueError("a context without a single token was given; every row needs at least one")
+        rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        chunks = [balanced_chunks(row, self.config.chunk) for row in rows]
+        so_far = None
+        for t in range(max(map(len, chunks))):
+            parts = [row[t] if t < len(row) else row[0][:0] for row in chunks]
+            ids = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            lengths = torch.tensor([len(part) for part in parts], device=ids.device)
+            mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            if self.config.encode == "sequential" and so_far is not None:
+                with self.write(so_far).applied_to(lm):
+                    H = block_inputs(lm, self.layers, input_ids=ids)
+            else:
+                H = block_inputs(lm, self.layers, input_ids=ids)
+            state = self.contribution(H, mask)
+            so_far = state if so_far is None else so_far + state
+            yield state
+
+    def read(self, lm: nn.Module, input_ids: Int[Tensor, "b n"], attention_mask: Int[Tensor, "b n"] | None = None) -> ContextState:
+        """One pass of the frozen LM over a context, summed into its state (eq. 3); O(1) memory in the length of the stream."""
+        return reduce(add, self.read_chunks(lm, input_ids, attention_mask))
+
+    def write(self, state: ContextState) -> Adapter:
+        """The adapter of a state.   W_delta = (alpha / p) A1 norm_r(S) B2, as factors up = A1 U_r and down = V_r^T B2"""
+        left, right = NORMS[self.config.norm](state.S, self.config.rank)
+        down, up = {}, {}
+        for layer, g, U, V in zip(self.layers, self.by_layer, left, right, strict=True):
+            up[layer.name] = einsum(g.A1, U, "o p, b p r -> b o r")
+            down[layer.name] = einsum(V, g.B2, "b q r, q i -> b r i")
+        return Adapter(down, up, self.config.alpha / self.config.p)
+
+
+def balanced_chunks(row: Int[Tensor, " n"], longest: int) -> list[Int[Tensor, " m"]]:
+    """Cut n tokens into ceil(n / longest) chunks of (but for the last) equal size."""
+    count = -(-len(row) // longest)
+    return list(row.split(-(-len(row) // count)))

@@ -1,0 +1,270 @@
+"""Contexts and questions: a synthetic world with open values, our own prose, raw text, readers for other people's files, and the metrics."""
+
+import json
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a document, and every answer that counts as right (the first is the one trained on)."""
+
+    text: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A context and what is asked about it."""
+
+    text: str
+    questions: tuple[Question, ...]
+
+
+class BadData(ValueError):
+    """A file that cannot be used; its message names the file, the place and the remedy."""
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+ONSETS = "b bl br c ch cl cr d dr f fl g gl gr h j k kl l m n p pl pr qu r s sh sk sl st t th tr v w y z".split()
+VOWELS = "a e i o u a e i o ai ea ou ie".split()
+CODAS = "n r l s m t d k x nd rt st lm rn ck th v sk".split()
+MONTHS = "January February March April May June July August September October November December".split()
+QUALITIES = (
+    "amber ancient bent blue brass broken bronze carved ceramic cheap copper cracked crimson crooked dented dusty empty enamel folding frozen "
+    "giant gilded glass golden green hollow iron ivory lacquered leather linen long marble narrow nickel oak old orange padded paper pewter "
+    "plastic polished purple rare red round rubber rusty secret sharp silent silk silver small spare square steel stolen striped tin velvet "
+    "wicker wooden woollen yellow"
+).split()
+OBJECTS = (
+    "anchor anvil apron axe balloon barometer barrel basket bell bicycle blanket boat bottle bracelet brush bucket button cage camera candle "
+    "canoe carpet chair chess set clock coat coin comb compass cradle crown cup desk doll door drum fan feather flag flute fork globe glove "
+    "hammer harp hat helmet horn jar kettle key kite ladder lamp lantern lens lock map mask medal mirror mug necklace needle oar organ paddle "
+    "pan pen pillow pipe pistol plate plough pump puppet raft ring rope rug saddle saw scarf shield shoe sled spoon stamp statue stove sword "
+    "table teapot telescope tent thimble trumpet trunk umbrella vase violin wagon wheel whistle window"
+).split()
+BRANCHES = "Bakery Bank Brothers Books Cement Chemicals Films Foundry Freight Gas Glass Motors Mills Optics Paper Press Radio Steel Textiles Tools".split()
+OCCASIONS = "Boat Race,Book Fair,Chess Cup,Cycling Tour,Film Week,Flower Show,Jazz Nights,Kite Day,Marathon,Science Fair,Ski Games,Song Contest".split(",")
+WARES = "bicycle boiler camera clock drill engine heater kettle lamp loom mixer piano printer pump radio saw scooter stove tractor watch".split()
+
+
+def invented_word(rng: random.Random, syllables: Sequence[int] = (2, 3)) -> str:
+    """A name that nobody bears, of two or three syllables: several tokens, new in every document."""
+    word = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice(syllables)))
+    return (word + (rng.choice(CODAS) if rng.random() < 0.6 else "")).capitalize()
+
+
+INVENT: dict[str, Callable[[random.Random], str]] = {
+    "person": lambda rng: f"{invented_word(rng, (1, 2))} {invented_word(rng)}",
+    "place": lambda rng: invented_word(rng) + rng.choice(["", "", "ton", "burg", "mere", "port"]),
+    "organisation": lambda rng: f"{invented_word(rng)} {rng.choice(BRANCHES)}",
+    "name": invented_word,
+    "title": lambda rng: f"The {rng.choice(QUALITIES).capitalize()} {rng.choice(OBJECTS).capitalize()}",
+    "thing": lambda rng: f"{rng.choice(QUALITIES)} {rng.choice(OBJECTS)}",
+    "year": lambda rng: str(rng.randint(1500, 2060)),
+    "number": lambda rng: str(rng.randint(11, 9999)),
+    "date": lambda rng: f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
+    "code": lambda rng: f"{rng.choice(string.ascii_uppercase)}{rng.choice(string.ascii_uppercase)}-{rng.randint(100, 9999)}",
+    "product": lambda rng: f"{invented_word(rng)} {rng.choice(WARES)}",
+    "event": lambda rng: f"{invented_word(rng)} {rng.choice(OCCASIONS)}",
+}
+
+
+def open_value(kind: str, rng: random.Random) -> str:
+    """A value drawn fresh, as good as never seen before."""
+    return INVENT[kind](rng)
+
+
+def closed_value(kind: str, rng: random.Random) -> str:
+    """One of sixteen values that every document of the world shares: a list that a generator can learn by heart."""
+    return INVENT[kind](random.Random(f"{kind} {rng.randrange(16)}"))
+
+
+VALUES = {"open": open_value, "closed": closed_value}
+
+
+# --------------------------------------------------------------------------------------- documents of our own
+
+
+@cache
+def _relations() -> tuple[dict, ...]:
+    return tuple(json.loads(line) for line in (DATA / "world.jsonl").read_text().splitlines())
+
+
+def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: str = "open") -> Document:
+    """A document of the synthetic world: facts about a few subjects in shuffled order, one question a fact.
+
+    values: "open" (drawn fresh) or "closed" (lists of sixteen); the subjects' names are always fresh.
+    """
+    count = rng.randint(*facts)
+    told = []
+    while len(told) < count:
+        about = rng.choice(("person", "person", "place", "organisation", "product", "event"))
+        subject = open_value(about, rng)
+        own = [relation for relation in _relations() if relation["about"] == about]
+        for relation in rng.sample(own, min(rng.randint(1, 4), count - len(told))):
+            told.append((subject, relation, VALUES[values](relation["value"], rng)))
+    rng.shuffle(told)
+    text = " ".join(_capital(rng.choice(r["says"]).format(s=s, v=v)) for s, r, v in told)
+    return Document(text, tuple(Question(rng.choice(r["asks"]).format(s=s), (v,)) for s, r, v in told))
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def read_prose(paths: Sequence[Path]) -> list[dict]:
+    """Our own prose: JSON lines {"text", "values": {name: kind}, "qas": [[question, answer]]}."""
+    return [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+
+
+def prose_document(record: dict) -> Document:
+    """A record of our own prose as it was written."""
+    return Document(record["text"], tuple(Question(q, (a,)) for q, a in record["qas"]))
+
+
+def varied_prose(record: dict, rng: random.Random, share: float = 0.7) -> Document:
+    """The same prose with most of its names, dates and numbers replaced by fresh ones, alike in text, questions and answers."""
+    fresh: dict[str, str] = {}
+    for value, kind in record["values"].items():
+        if rng.random() > share:
+            continue
+        if kind == "year":
+            fresh[value] = open_value("year", rng)
+        elif kind == "number":
+            fresh[value] = re.sub(r"\d", lambda _: str(rng.randint(1, 9)), value)
+        elif kind == "date":
+            moved = re.sub("|".join(MONTHS), lambda _: rng.choice(MONTHS), value)
+            fresh[value] = re.sub(r"\d+", lambda m: open_value("year", rng) if len(m[0]) == 4 else str(rng.randint(1, 28)), moved)
+        else:
+            fresh.update({word: invented_word(rng) for word in re.findall(r"\b[A-Z][a-z]{2,}\b", value) if word != "The"})
+    if not fresh:
+        return prose_document(record)
+    known = re.compile(r"\b(" + "|".join(map(re.escape, sorted(fresh, key=len, reverse=True))) + r")\b")
+
+    def renamed(text: str) -> str:
+        return known.sub(lambda m: fresh[m[0]], text)
+
+    return Document(renamed(record["text"]), tuple(Question(renamed(q), (renamed(a),)) for q, a in record["qas"]))
+
+
+def excerpt(document: Document, rng: random.Random, sentences: tuple[int, int]) -> Document:
+    """A few neighbouring sentences of a document with the questions that they answer; the whole of it where they answer none."""
+    parts = re.split(r"(?<=[.!?])\s+", document.text)
+    count = rng.randint(*sentences)
+    start = rng.randrange(max(1, len(parts) - count + 1))
+    text = " ".join(parts[start : start + count])
+    questions = tuple(q for q in document.questions if q.answers[0] in text)
+    return Document(text, questions) if questions else document
+
+
+# ------------------------------------------------------------------------------------------- other people's files
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file that is not empty, or BadData."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadData(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise BadData(f"{path} is a folder; name a text file in it") from None
+    except UnicodeDecodeError as error:
+        raise BadData(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
+    if not text.strip():
+        raise BadData(f"{path}: the file is empty; give a text to read")
+    return text
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """Documents with questions: a SQuAD v1.1 JSON file, or JSON lines {"context", "qas": [{"question", "answers"}]}."""
+    text = read_text(path)
+    try:
+        squad = json.loads(text)
+        records = [p for article in squad["data"] for p in article["paragraphs"]] if "data" in squad else [squad]
+    except json.JSONDecodeError:
+        records = _json_lines(path, text)
+    except (KeyError, TypeError) as error:
+        raise BadData(f"{path}: field {error} is missing or of the wrong type; expected SQuAD's data / paragraphs / context, qas") from None
+    if not records:
+        raise BadData(f"{path}: no documents in it; expected at least one context with questions")
+    return [_squad_document(path, number, record) for number, record in enumerate(records, 1)]
+
+
+def _json_lines(path, text: str) -> list:
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise BadData(f"{path}, line {number}: not JSON ({error.msg}); write one object a line") from None
+    return records
+
+
+def _squad_document(path, number: int, record) -> Document:
+    def need(value, field: str, kind: type, holder: str):
+        if not isinstance(value, dict) or not isinstance(value.get(field), kind) or not value[field]:
+            found = type(value.get(field)).__name__ if isinstance(value, dict) and field in value else "nothing"
+            raise BadData(f"{path}, document {number}: {holder} needs a {kind.__name__} {field!r} that is not empty, found {found}")
+        return value[field]
+
+    questions = []
+    for qa in need(record, "qas", list, "it"):
+        answers = [a["text"] if isinstance(a, dict) and "text" in a else a for a in need(qa, "answers", list, "a question")]
+        if not all(isinstance(a, str) for a in answers):
+            raise BadData(f"{path}, document {number}: 'answers' must be strings or {{'text': string}}, found {answers[0]!r}")
+        questions.append(Question(need(qa, "question", str, "a question"), tuple(answers)))
+    return Document(need(record, "context", str, "it"), tuple(questions))
+
+
+def read_paragraphs(path: str | Path, shortest: int = 200) -> list[str]:
+    """Raw text as paragraphs of at least `shortest` characters; WikiText's spaced punctuation and headings are undone."""
+    text = read_text(path)
+    for spaced, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), ("<unk>", "it")):
+        text = text.replace(spaced, plain)
+    text = re.sub(r" ([.,;:!?)\]%'])", r"\1", text)
+    text = re.sub(r"([(\[]) ", r"\1", text)
+    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
+    lines = [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=\S)", text)]
+    return [line for line in lines if len(line) >= shortest and not line.startswith("=")]
+
+
+# --------------------------------------------------------------------------------------------------- metrics
+
+
+def normalised(answer: str) -> list[str]:
+    """SQuAD's view of an answer: lower case, no punctuation, no articles, as words."""
+    bare = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """SQuAD F1 in percent: the bag-of-words overlap with the best of the accepted answers."""
+    return 100 * max(_overlap(normalised(prediction), normalised(answer)) for answer in answers)
+
+
+def _overlap(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = sum((Counter(prediction) & Counter(answer)).values())
+    return 2 * common / (len(prediction) + len(answer))
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """100 where the normalised prediction is one of the accepted answers, else 0."""
+    return 100.0 * any(normalised(prediction) == normalised(answer) for answer in answers)
+
+
+def answer_recall(prediction: str, answers: Sequence[str]) -> float:
+    """100 where an accepted answer stands, whole, somewhere in the prediction, else 0: fair to an LM that talks around it."""
+    said = f" {' '.join(normalised(prediction))} "
+    return 100.0 * any(f" {' '.join(normalised(answer))} " in said for answer in answers)

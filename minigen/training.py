@@ -1,0 +1,386 @@
+"""Objectives and recipes -> one training loop on accelerate: a start by regression, a log, atomic checkpoints, exact resume."""
+
+import csv
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .formats import save_generator, whole_folder
+from .generator import AdapterGenerator, GeneratorConfig, block_inputs, rms_norm
+from .models import load_lm, padded
+from .tasks import DATA, BadData, Document, excerpt, read_documents, read_paragraphs, read_prose, varied_prose, world_document
+
+# ------------------------------------------------------------------------------------------------- objectives
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tokens that the LM must predict with the adapter of a context on: tokens[start:], given the tokens before them."""
+
+    tokens: list[int]
+    start: int
+
+
+def question_prompt(question: str) -> str:
+    """How a question is put to the LM, with an adapter or without."""
+    return f"Question: {question}\nAnswer:"
+
+
+def answers(document: Document, tokenizer, rng: random.Random, count: int = 4) -> list[Target]:
+    """Some of the document's questions; loss on the answer only (the paper's instruction tuning)."""
+    targets = []
+    for question in rng.sample(document.questions, min(count, len(document.questions))):
+        prompt = tokenizer(question_prompt(question.text)).input_ids
+        targets.append(Target(prompt + tokenizer(f" {question.answers[0]}\n").input_ids, len(prompt)))
+    return targets
+
+
+def reconstruction(document: Document, tokenizer, rng: random.Random, length: int = 24) -> list[Target]:
+    """A span of what was read, starting anywhere in it (the paper's reconstruction)."""
+    tokens = tokenizer(document.text).input_ids
+    start = rng.randrange(max(1, len(tokens) - length + 1))
+    return [Target(tokens[start : start + length], 1)]
+
+
+OBJECTIVES: dict[str, Callable[..., list[Target]]] = {"answers": answers, "reconstruction": reconstruction}
+
+
+def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats) of every target token and the row it stands in; the LM head runs only where there is loss."""
+    ids, mask = (t.to(lm.device) for t in padded([t.tokens for t in targets], pad))
+    position = torch.arange(1, ids.shape[1], device=ids.device)
+    start = torch.tensor([t.start for t in targets], device=ids.device)
+    wanted = mask[:, 1:].bool() & (position >= start[:, None])
+    hidden = lm.base_model(ids[:, :-1], use_cache=False).last_hidden_state
+    logits = lm.get_output_embeddings()(hidden[wanted])
+    return cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none"), wanted.nonzero()[:, 0]
+
+
+class Objective(nn.Module):
+    """One step's loss: read the contexts, write their adapters, and predict every objective's targets with them on."""
+
+    def __init__(self, generator: AdapterGenerator, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float]):
+        super().__init__()
+        self.generator, self.weights = generator, weights
+        self._frozen = (lm, tokenizer)  # a tuple, so that the LM is no submodule: neither trained, saved nor synchronised
+
+    def forward(self, documents: list[Document], rng: random.Random) -> dict[str, Tensor]:
+        """The mean loss (nats a token) of each objective, and their weighted sum as "loss"."""
+        lm, tokenizer = self._frozen
+        contexts = padded([tokenizer(document.text).input_ids for document in documents], tokenizer.pad_token_id)
+        adapter = self.generator.write(self.generator.read(lm, *(t.to(lm.device) for t in contexts)))
+        targets, row_of, kind_of = [], [], []
+        for row, document in enumerate(documents):
+            for kind in self.weights:
+                made = OBJECTIVES[kind](document, tokenizer, rng)
+                targets += made
+                row_of += [row] * len(made)
+                kind_of += [kind] * len(made)
+        with adapter[row_of].applied_to(lm):
+            losses, rows = target_losses(lm, tokenizer.pad_token_id, targets)
+        means = {kind: losses[torch.tensor([k == kind for k in kind_of], device=rows.device)[rows]].mean() for kind in self.weights}
+        return means | {"loss": sum(weight * means[kind] for kind, weight in self.weights.items())}
+
+
+# -------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run but the LM and the time it gets.
+
+    mixture: share of each source in a step's contexts.  sentences / facts: sizes of an excerpt / a world document.
+    objectives: name -> weight.  steady: share of the run at full learning rate; it then falls linearly to a twentieth.
+    """
+
+    config: GeneratorConfig
+    mixture: dict[str, float]
+    objectives: dict[str, float]
+    contexts: int = 8
+    sentences: tuple[int, int] = (1, 5)
+    facts: tuple[int, int] = (1, 7)
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: int = 20
+    steady: float = 0.5
+    clip: float = 1.0
+    start_from: int = 600
+    seed: int = 0
+
+
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=128, q=128, rank=64, alpha=128.0)
+RECIPES = {
+    "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.4}, {"answers": 1.0, "reconstruction": 0.2}),
+    "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
+}
+
+
+POOL = 4
+
+
+class Source:
+    """Draws training documents: step s of a seed gives the same ones whenever and wherever it runs."""
+
+    def __init__(self, recipe: Recipe, files: list[str]):
+        self.recipe = recipe
+        self.prose = read_prose(sorted((DATA / "prose").glob("*.jsonl")))
+        self.text = [paragraph for file in files for paragraph in read_paragraphs(file)]
+        if "text" in recipe.mixture and not self.text:
+            raise BadData("this recipe reads raw text, but no file was named; add --data FILE")
+
+    def document(self, rng: random.Random, whole: bool = False) -> Document:
+        kind = rng.choices(list(self.recipe.mixture), list(self.recipe.mixture.values()))[0]
+        if kind == "prose":
+            document = varied_prose(rng.choice(self.prose), rng)
+            return document if whole else excerpt(document, rng, self.recipe.sentences)
+        if kind == "text":
+            return Document(rng.choice(self.text), ())
+        return world_document(rng, self.recipe.facts, "closed" if kind == "closed world" else "open")
+
+    def batch(self, step: int, process: int = 0) -> tuple[list[Document], random.Random]:
+        """A step's documents: of a pool for POOL steps the ones of like length, so that little is padding."""
+        pool, place = divmod(step, POOL)
+        rng = random.Random(f"{self.recipe.seed} {pool} {process}")
+        documents = sorted((self.document(rng) for _ in range(POOL * self.recipe.contexts)), key=lambda d: len(d.text))
+        order = rng.sample(range(POOL), POOL)
+        first = order[place] * self.recipe.contexts
+        return documents[first : first + self.recipe.contexts], random.Random(f"{self.recipe.seed} {step} {process}")
+
+
+# ------------------------------------------------------------------------------------------ a start by regression
+
+
+def inverse_root(C: Tensor, ridge: float) -> Tensor:
+    """C^(-1/2) of a covariance, with `ridge` times its mean variance added."""
+    C = C.double()
+    values, vectors = torch.linalg.eigh(C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
+    return (vectors * values.rsqrt()) @ vectors.T
+
+
+@torch.no_grad()
+def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: list[Document], gain: float = 1.8) -> None:
+    """Give the generator a start that already copies, from closed forms; gradient descent from zero takes far longer to find it.
+
+    For one adapted layer let h be the (RMS-normed) state of a context token t, and x the layer's input at the question's token
+    after which t must be said. Keys meet queries by canonical correlation, values meet tokens by reduced-rank regression:
+
+        B1 = C_hh^(-1/2) L R,   B2 = R M^T C_xx^(-1/2)   with L R M^T = svd of C_hh^(-1/2) C_hx C_xx^(-1/2)
+        A2, A1 from the best rank-p map of h to E[t], the LM's output embedding of t
+
+    where C_hx is taken within documents (h minus the document's mean), so that a key tells tokens of one text apart.
+    """
+    layers, p, q = generator.layers, generator.config.p, generator.config.q
+    E = lm.get_output_embeddings().weight.float()
+    E = E - E.mean(0)
+    sums: list[dict[str, Tensor]] = [{} for _ in layers]
+
+    def accumulate(layer: int, **pairs: tuple[Tensor, Tensor]) -> None:
+        for name, (left, right) in pairs.items():
+            sums[layer][name] = sums[layer].get(name, 0) + left.T @ right
+
+    for first in tqdm(range(0, len(documents), 8), desc="start by regression", unit="batch", disable=None):
+        batch = documents[first : first + 8]
+        encoded = [tokenizer(document.text, return_offsets_mapping=True) for document in batch]
+        ids, mask = padded([e.input_ids for e in encoded], tokenizer.pad_token_id)
+        rows, pairs = [], []  # pairs: (row of the question, position in it, row of the context, position in it)
+        for row, document in enumerate(batch):
+            for question in document.questions:
+                prompt = tokenizer(question_prompt(question.text)).input_ids
+                said = tokenizer(f" {question.answers[0]}").input_ids
+                begin = document.text.find(question.answers[0])
+                end = begin + len(question.answers[0])
+                place = [n for n, (a, b) in enumerate(encoded[row].offset_mapping) if a < end and b > max(begin, a)]
+                for j, (token, n) in enumerate(zip(said, place, strict=False)):
+                    if encoded[row].input_ids[n] == token:
+                        pairs.append((len(rows), len(prompt) - 1 + j, row, n))
+                rows.append(prompt + said)
+        H = block_inputs(lm, layers, input_ids=ids.to(lm.device))
+        X = layer_inputs(lm, [layer.name for layer in layers], padded(rows, tokenizer.pad_token_id)[0])
+        asked, position, told, n = torch.tensor(pairs).T
+        real = mask.bool()
+        embedded = E[ids[real]]
+        for layer in range(len(layers)):
+            h = rms_norm(H[layer], torch.ones(layers[layer].h))
+            centre = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+            x = X[layer][asked, position].float()
+            accumulate(layer, hh=(h[real], h[real]), eh=(embedded, h[real]), xx=(x, x), hx=(h[told, n] - centre[told], x))
+            sums[layer]["tokens"] = sums[layer].get("tokens", 0) + int(real.sum())
+            sums[layer]["pairs"] = sums[layer].get("pairs", 0) + len(pairs)
+
+    for g, c in zip(generator.by_layer, sums, strict=True):
+        root_h = inverse_root(c["hh"] / c["tokens"], ridge=0.01)
+        root_x = inverse_root(c["xx"] / c["pairs"], ridge=0.1)
+        L, R, Mt = torch.linalg.svd(root_h @ (c["hx"] / c["pairs"]).double() @ root_x)
+        embedding, variance, hidden = torch.linalg.svd((c["eh"] / c["tokens"]).double() @ root_h, full_matrices=False)
+        B2 = R[:q, None] * Mt[:q] @ root_x
+        g.B1.copy_(unit_variance(root_h @ L[:, :q] * R[:q], g.B1.shape[0]))
+        g.A2.copy_(unit_variance(variance[:p, None] * hidden[:p] @ root_h, g.A2.shape[1]))
+        g.B2.copy_(unit_variance(B2, B2.shape[1]))
+        g.A1.copy_(gain * B2.std() * B2.shape[1] ** 0.5 * embedding[:, :p])
+
+
+def unit_variance(weight: Tensor, fan_in: int) -> Tensor:
+    """A weight scaled to the spread of a fresh one; the state's norm makes the scale of A2 and B1 free."""
+    return weight / (weight.std() * fan_in**0.5)
+
+
+@torch.no_grad()
+def layer_inputs(lm: PreTrainedModel, names: list[str], input_ids: Tensor) -> list[Tensor]:
+    """x for every named layer: what it is given in one pass of the plain LM."""
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        lm.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: inputs.__setitem__(name, args[0])) for name in names
+    ]
+    try:
+        lm.base_model(input_ids.to(lm.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [inputs[name] for name in names]
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimiser's state, all that resuming needs."""
+
+    step: int = 0
+    seconds: float = 0.0
+    contexts: int = 0
+    tokens_seen: int = 0
+    history: list[dict] = field(default_factory=list)
+
+
+@torch.no_grad()
+def transfer(generator: AdapterGenerator, lm, tokenizer, documents: list[Document]) -> dict[str, float]:
+    """The loss (nats a token) of answers about held-out natural prose, with its own adapter and with another document's."""
+    ids, mask = padded([tokenizer(document.text).input_ids for document in documents], tokenizer.pad_token_id)
+    adapter = generator.write(generator.read(lm, ids.to(lm.device), mask.to(lm.device)))
+    rows = [row for row, document in enumerate(documents) for _ in document.questions]
+    targets = [t for document in documents for t in answers(document, tokenizer, random.Random(0), count=99)]
+    losses = {}
+    for name, shift in (("own", 0), ("other", 1)):
+        with adapter[[(row + shift) % len(documents) for row in rows]].applied_to(lm):
+            losses[name] = target_losses(lm, tokenizer.pad_token_id, targets)[0].mean().item()
+    return losses
+
+
+def train(
+    recipe_name: str,
+    out: str | Path,
+    lm_name: str = "smollm2",
+    minutes: float | None = None,
+    steps: int | None = None,
+    files: list[str] | None = None,
+    resume: bool = False,
+    validate_every: int = 100,
+    save_every: float = 300.0,
+) -> dict[str, float]:
+    """Train a generator for `minutes` or `steps` and leave it in the folder `out`; returns the last validation.
+
+    out/checkpoint holds the newest complete checkpoint (weights, optimiser, random state, progress); resume=True goes on from
+    it: under `steps` the result is the one that an uninterrupted run would have had.
+    """
+    recipe, out = RECIPES[recipe_name], Path(out)
+    accelerator = Accelerator()
+    set_seed(recipe.seed)
+    lm, tokenizer = load_lm(lm_name, dtype=torch.bfloat16)
+    lm.to(accelerator.device)
+    source = Source(recipe, files or [])
+    held_out = read_documents(DATA / "documents" / "dev.jsonl")
+    generator = AdapterGenerator.for_lm(lm, recipe.config)
+    progress = Progress()
+    if not resume and recipe.start_from:
+        rng = random.Random(f"{recipe.seed} start")
+        start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)])
+    objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives)
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    if resume:
+        accelerator.load_state(str(out / "checkpoint"))
+        progress = Progress(**json.loads((out / "checkpoint" / "progress.json").read_text()))
+
+    def done() -> float:
+        return progress.step / steps if steps else progress.seconds / (60 * minutes)
+
+    def checkpoint() -> None:
+        if accelerator.is_main_process:
+            with whole_folder(out / "checkpoint") as scratch:
+                accelerator.save_state(str(scratch))
+                (scratch / "progress.json").write_text(json.dumps(asdict(progress)))
+
+    out.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=100, unit="%", desc=recipe_name, disable=not accelerator.is_local_main_process, bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
+    saved = progress.seconds
+    while done() < 1:
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * rate(progress.step, done(), recipe)
+        losses = objective(*source.batch(progress.step, accelerator.process_index))
+        accelerator.backward(losses["loss"])
+        accelerator.clip_grad_norm_(generator.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step += 1
+        progress.contexts += recipe.contexts * accelerator.num_processes
+        progress.seconds += time.perf_counter() - began
+        row = {k: round(v.item(), 4) for k, v in losses.items()} | {"lr": optimizer.param_groups[0]["lr"]}
+        bar.set_postfix(step=progress.step, loss=row["loss"], lr=f"{row['lr']:.1e}")
+        bar.update(min(100, 100 * done()) - bar.n)
+        if progress.step % validate_every == 0 or done() >= 1:
+            row |= {f"dev {k}": round(v, 4) for k, v in transfer(generator, lm, tokenizer, held_out).items()}
+        progress.history.append({"step": progress.step, "contexts": progress.contexts, "seconds": round(progress.seconds, 1)} | row)
+        if accelerator.is_main_process and ("dev own" in row):
+            write_log(out / "log.csv", progress.history)
+        if progress.seconds - saved > save_every:
+            checkpoint()
+            saved = progress.seconds
+    checkpoint()
+    last = progress.history[-1]
+    if accelerator.is_main_process:
+        provenance = {
+            "recipe": recipe_name,
+            "settings": asdict(recipe),
+            "data": ["data/prose", "data/world.jsonl", *(Path(file).name for file in files or [])],
+            "steps": progress.step,
+            "contexts": progress.contexts,
+            "minutes": round(progress.seconds / 60, 1),
+            "device": str(accelerator.device),
+            "validation": {k: last[k] for k in ("dev own", "dev other")},
+        }
+        save_generator(out / "generator", generator, lm, lm_name, provenance)
+    return {k: last[k] for k in ("dev own", "dev other")}
+
+
+def rate(step: int, done: float, recipe: Recipe) -> float:
+    """The learning rate's share: a linear warm-up, a steady stretch, a linear fall to a twentieth."""
+    fall = 1 - 0.95 * max(0.0, done - recipe.steady) / (1 - recipe.steady)
+    return min(1.0, (step + 1) / recipe.warmup) * fall
+
+
+def write_log(path: Path, history: list[dict]) -> None:
+    """The loss log as CSV, one row a validation, losses averaged since the one before."""
+    rows, since = [], []
+    for row in history:
+        since.append(row)
+        if "dev own" in row:
+            rows.append({k: round(sum(r[k] for r in since) / len(since), 4) if isinstance(row[k], float) and k in since[0] and k != "seconds" else row[k] for k in row})
+            since = []
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
+        writer.writeheader()
+        writer.writerows(rows)
