@@ -270,13 +270,13 @@ class Adapter:
     @torch.no_grad()
     def merge_into(self, lm: nn.Module) -> None:
         """Add W_delta to the LM's weights, so that generation costs nothing extra; `restore` undoes it bit by bit."""
-        if self._replaced:
-            raise ValueError("this adapter is merged already; call restore(lm) before merging again")
+        if any(hasattr(lm.get_submodule(name), "merged_adapter") for name in self.down):
+            raise ValueError("an adapter is merged into this LM already; restore it first (to merge two texts, add their states)")
         if self.batch != 1:
             raise ValueError(f"merging needs one adapter, this holds {self.batch}; choose a row first: adapter[[0]]")
         for name in self.down:
             W = weight_matrix(lm.get_submodule(name))
-            self._replaced[name] = W.clone()
+            lm.get_submodule(name).merged_adapter, self._replaced[name] = True, W.clone()
             W += self.delta(name)[0].to(W)
 
     @torch.no_grad()
@@ -284,6 +284,7 @@ class Adapter:
         """Put back the very weights that `merge_into` replaced."""
         for name, W in self._replaced.items():
             weight_matrix(lm.get_submodule(name)).copy_(W)
+            del lm.get_submodule(name).merged_adapter
         self._replaced = {}
 
 

@@ -222,7 +222,7 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
     for g, c in zip(generator.by_layer, sums, strict=True):
         root_h = inverse_root(c["hh"] / c["tokens"], ridge=0.01)
         root_x = inverse_root(c["xx"] / c["pairs"], ridge=0.1)
-        L, R, Mt = torch.linalg.svd(root_h @ (c["hx"] / c["pairs"]).double() @ root_x)
+        L, R, Mt = torch.linalg.svd(root_h @ (c["hx"] / c["pairs"]).double() @ root_x, full_matrices=False)
         embedding, variance, hidden = torch.linalg.svd((c["eh"] / c["tokens"]).double() @ root_h, full_matrices=False)
         B2 = R[:q, None] * Mt[:q] @ root_x
         g.B1.copy_(unit_variance(root_h @ L[:, :q] * R[:q], g.B1.shape[0]))

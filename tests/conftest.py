@@ -1,5 +1,6 @@
 """For all tests: no network, one thread, tiny random language models, and the shapes that minigen.generator announces, enforced."""
 
+# ruff: noqa: E402   the hook has to come before the imports it checks
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,9 +12,11 @@ jaxtyping.install_import_hook("minigen.generator", "beartype.beartype")  # befor
 import hypothesis
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from minigen.generator import AdapterGenerator, GeneratorConfig
+from minigen.tasks import DATA
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("deterministic", derandomize=True, database=None, deadline=None, max_examples=50)
@@ -89,3 +92,19 @@ def tokens():
     """A function: sizes -> random token ids, the same sequence in every test."""
     source = torch.Generator().manual_seed(3)
     return lambda *sizes: torch.randint(VOCABULARY, sizes, generator=source)
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory):
+    """A folder that load_lm takes: a tiny Llama with random weights, a window of 256 tokens, and a byte-level BPE of 400 tokens."""
+    folder = tmp_path_factory.mktemp("lm")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator((DATA / "documents" / "dev.jsonl").read_text("utf-8").splitlines(), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>").save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=400, num_hidden_layers=2, max_position_embeddings=256, initializer_range=0.1)
+        AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_LIKE | sizes)).save_pretrained(folder)
+    return folder

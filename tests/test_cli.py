@@ -1,0 +1,281 @@
+"""The command line on a tiny LM: bad input ends in one line, exit code 2 and nothing written; good runs write what they promise."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minigen import training
+from minigen.__main__ import main
+from minigen.evaluation import CONTROLS, METHODS, PROMPT, Reader
+from minigen.formats import WEIGHTS, load_generator, save_generator
+from minigen.generator import GeneratorConfig
+from minigen.models import answer, load_lm
+from minigen.tasks import DATA, exact_match, f1, read_documents, read_text
+from minigen.training import RECIPES, Recipe, question_prompt
+
+ROOT = Path(__file__).parent.parent
+TEXT = "Ann Lee is a vet in Brackwell. She has nine cats, and a boat called Otter. " * 2
+
+
+@pytest.fixture(autouse=True)
+def tiny_recipe(monkeypatch):
+    config = GeneratorConfig(targets=("mlp.down_proj",), p=16, q=16, rank=8, alpha=16.0)
+    monkeypatch.setitem(RECIPES, "tiny", Recipe(config, {"world": 1.0}, {"answers": 1.0}, contexts=2, facts=(1, 2), start_from=8))
+
+
+@pytest.fixture
+def here(tmp_path, lm_folder, tiny_lm, generator_for, monkeypatch):
+    """A folder to work in, with good and bad files."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(lm_folder, "lm")
+    lm, _ = load_lm("lm")
+    save_generator("generator", generator_for(lm, chunk=64), lm, "lm", {})
+    save_generator("foreign", generator_for(tiny_lm("llama")), tiny_lm("llama"), "another", {})
+    shutil.copytree("generator", "truncated")
+    Path("truncated", WEIGHTS).write_bytes(Path("generator", WEIGHTS).read_bytes()[:999])
+    Path("folder").mkdir()
+    Path("text.txt").write_text(TEXT)
+    Path("empty.txt").write_text("\n")
+    Path("latin.txt").write_bytes("café".encode("latin-1"))
+    records = [json.dumps({"context": d.text, "qas": [{"question": q.text, "answers": q.answers} for q in d.questions[:2]]}) for d in dev_documents()]
+    Path("dev.jsonl").write_text("\n".join(records))
+    Path("broken.jsonl").write_text(records[0] + '\n{"context": ')
+    return tmp_path
+
+
+def dev_documents():
+    return read_documents(DATA / "documents" / "dev.jsonl")[:3]
+
+
+@pytest.fixture
+def minigen(here, monkeypatch, capsys):
+    """A function: a command line -> its exit code, stdout (spaces and line breaks alike) and stderr."""
+
+    def run(command: str | list[str]):
+        monkeypatch.setattr(sys, "argv", ["minigen", *(command.split() if isinstance(command, str) else command)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        return code, " ".join(shown.out.split()), shown.err
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+ASK = "ask --lm lm --generator generator --json out/r.json"
+TRAIN = "train tiny --lm lm --out out"
+EVALUATE = "--lm lm --generator generator --json out/r.json"
+BAD = [
+    (f"{ASK} --context nowhere.txt --question Who?", "nowhere.txt: no such file; check the path"),
+    (f"{ASK} --context empty.txt --question Who?", "empty.txt: the file is empty; give a text"),
+    (f"{ASK} --context latin.txt --question Who?", "latin.txt: not UTF-8 .byte 3.; save it as UTF-8"),
+    (f"{ASK} --context folder --question Who?", "folder is a folder; name a text file"),
+    (f"{ASK} --context text.txt", "required: --question"),
+    ([*ASK.split(), "--context", "text.txt", "--question", "Who?", "--question", " "], "an empty question"),
+    (f"{ASK} --question Who?", "required: --context"),
+    ("ask --lm no/such-lm --generator generator --json out/r.json --context text.txt --question Who?", "LM 'no/such-lm' asked.*check the name"),
+    ("ask --lm folder --generator generator --json out/r.json --context text.txt --question Who?", "LM 'folder' asked.*check the name"),
+    ("ask --lm lm --generator foreign --json out/r.json --context text.txt --question Who?", "foreign: made for another .*use --lm another"),
+    ("ask --lm lm --generator truncated --json out/r.json --context text.txt --question Who?", "truncated/.*truncated or not safetensors"),
+    ("ask --lm lm --generator nowhere --json out/r.json --context text.txt --question Who?", "nowhere: generator.json is missing"),
+    ("ask --lm lm --generator text.txt --json out/r.json --context text.txt --question Who?", "text.txt"),
+    ("train nothing --lm lm --out out --steps 2", "'nothing'.*choose from.*facts"),
+    (TRAIN, "--minutes --steps is required"),
+    (f"{TRAIN} --minutes 1 --steps 2", "--steps: not allowed with argument --minutes"),
+    (f"{TRAIN} --steps many", "--steps: invalid int value: 'many'"),
+    (f"{TRAIN} --steps 2 --resume", "out/checkpoint does not exist; leave --resume out"),
+    ("train tiny --lm no/such-lm --out out --steps 2", "LM 'no/such-lm' asked"),
+    (f"{TRAIN} --steps 2 --data nowhere.txt", "nowhere.txt: no such file"),
+    ("train tiny --lm lm --steps 2", "required: --out"),
+    (f"evaluate documents {EVALUATE} --data dev.jsonl --methods adapter,magic", "method 'magic' asked.*closed-book"),
+    (f"evaluate documents {EVALUATE} --data broken.jsonl", "broken.jsonl, line 2: not JSON"),
+    (f"evaluate documents {EVALUATE} --data nowhere.jsonl", "nowhere.jsonl: no such file"),
+    (f"evaluate documents {EVALUATE} --data dev.jsonl --limit few", "--limit: invalid int value: 'few'"),
+    (f"evaluate objectives {EVALUATE} --data empty.txt", "empty.txt: the file is empty"),
+    (f"evaluate poems {EVALUATE} --data dev.jsonl", "'poems'.*documents"),
+    ("export --lm lm --generator generator --out out --context latin.txt", "latin.txt: not UTF-8"),
+    ("export --lm lm --generator foreign --out out --context text.txt", "foreign: made for another"),
+    ("bench --lm lm --generator foreign --json out/r.json", "foreign: made for another"),
+    ("", r"required: ask \| train \| evaluate"),
+    ("dance", "dance"),
+]
+BAD_FOR_NOW = [  # each ends in a traceback, or never
+    ("train facts --lm lm --out out --steps 2", "targets .*blocks"),
+    (f"{TRAIN} --steps 0", "steps"),
+    (f"{TRAIN} --minutes 0", "minutes"),
+    (f"evaluate documents {EVALUATE} --data dev.jsonl --limit 0", "limit"),
+    (f"evaluate documents {EVALUATE} --data dev.jsonl --limit -1", "limit"),
+    (f"evaluate objectives {EVALUATE} --data short.txt", "short.txt"),
+]
+NEVER_ENDING = [(f"{TRAIN} --steps -1", "steps"), (f"{TRAIN} --minutes -1", "minutes")]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        *BAD,
+        *(pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason="a traceback")) for case in BAD_FOR_NOW),
+        *(pytest.param(*case, marks=pytest.mark.xfail(run=False, reason="trains for ever")) for case in NEVER_ENDING),
+    ],
+)
+def test_bad_input_ends_in_one_line(command, message, minigen, here):
+    Path("short.txt").write_text("Too short to be a paragraph.")
+    before = sorted(here.rglob("*"))
+    code, _, complaint = minigen(command)
+    assert code == 2
+    assert re.fullmatch(f"minigen: .*{message}.*\n", complaint), complaint  # . is no line break
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.xfail(strict=True, reason="safetensors raises SafetensorError where the disk is full")
+def test_a_full_disk_ends_in_one_line(minigen, here):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        code, _, complaint = minigen("export --lm lm --generator generator --out out --context text.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and complaint.count("\n") == 1
+    assert not list(here.glob("*out*"))
+
+
+def test_as_a_process_of_its_own(here):
+    """What the terminal sees: the real entry point, its exit code and its two streams."""
+
+    def run(*arguments: str):
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        return subprocess.run([sys.executable, "-m", "minigen", *arguments], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+
+    bad = run(*f"{ASK} --context nowhere.txt --question Who?".split())
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert re.fullmatch("minigen: nowhere.txt: no such file.*\n", bad.stderr)
+    good = run(*f"{ASK} --context text.txt --question Who?".split())
+    assert (good.returncode, good.stderr) == (0, "")
+    assert all(name in good.stdout for name in METHODS) and Path("out/r.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------- good runs
+
+
+def result(path: str = "out/r.json") -> dict:
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+def test_ask_gives_three_answers_a_question(minigen):
+    questions = ["Who is a vet?", "How many cats?"]
+    code, shown, complaint = minigen([*ASK.split(), "--context", "text.txt", "--question", questions[0], "--question", questions[1]])
+    assert (code, complaint) == (0, "")
+    found = result()
+    lm, tokenizer = load_lm("lm")
+    assert found["questions"] == questions
+    assert found["context_tokens"] == len(tokenizer(TEXT).input_ids)
+    assert found["seconds"].keys() == METHODS.keys() | {"read and write"}
+    bare = [question_prompt(question) for question in questions]
+    with Reader(lm, tokenizer, load_generator("generator")).adapter(TEXT).applied_to(lm):
+        adapted = answer(lm, tokenizer, bare)
+    prompted = answer(lm, tokenizer, [PROMPT(tokenizer, TEXT, question) for question in questions])
+    assert found["answers"] == {"closed-book": answer(lm, tokenizer, bare), "prompting": prompted, "adapter": adapted}
+    assert len(set(map(tuple, found["answers"].values()))) == 3
+    assert all(name in shown for name in METHODS)
+
+
+@pytest.mark.xfail(strict=True, reason="rich takes [/b] for a closing tag and raises MarkupError; [red] vanishes")
+def test_ask_shows_brackets_as_they_are(minigen):
+    code, shown, _ = minigen([*ASK.split(), "--context", "text.txt", "--question", "[/b] [red]?"])
+    assert code == 0 and "[/b] [red]?" in shown
+
+
+def test_a_long_context_is_read_in_chunks_and_says_so(minigen):
+    Path("long.txt").write_text(TEXT * 12)
+    code, shown, complaint = minigen(f"{ASK} --context long.txt --question Who?")
+    tokens = result()["context_tokens"]
+    assert (code, complaint) == (0, "") and tokens > 256
+    assert f"{tokens} tokens; longer than one pass of 64 tokens, so read in {-(-tokens // 64)} chunks" in shown
+    assert "longer than the LM's window of 256 tokens, so prompting sees only its end" in shown
+    minigen(f"{ASK} --context text.txt --question Who?")
+    assert "window" not in minigen(f"{ASK} --context text.txt --question Who?")[1]
+
+
+def test_evaluate_documents(minigen):
+    command = f"evaluate documents {EVALUATE} --data dev.jsonl"
+    assert minigen(command)[::2] == (0, "")
+    first = result()
+    assert minigen(command)[0] == 0
+    assert first["examples"] == result()["examples"]
+
+    assert first.keys() >= {"suite", "lm", "n", "command", "methods", "controls", "examples"}
+    assert (first["suite"], first["lm"], first["n"]) == ("documents", "lm", 6) and first["command"].endswith(command)
+    assert first["methods"].keys() == METHODS.keys() and first["controls"].keys() == CONTROLS.keys()
+    questions = [q for d in dev_documents() for q in d.questions[:2]]
+    for name, scores in first["methods"].items():
+        assert scores.keys() >= {"f1", "em", "ci95", "seconds", "tflops", "storage_floats"}
+        examples = [example for example in first["examples"] if example["method"] == name]
+        assert [(e["question"], tuple(e["answers"])) for e in examples] == [(q.text, q.answers) for q in questions]
+        assert scores["f1"] == pytest.approx(sum(f1(e["prediction"], e["answers"]) for e in examples) / 6, abs=0.051)
+        assert scores["em"] == pytest.approx(sum(exact_match(e["prediction"], e["answers"]) for e in examples) / 6, abs=0.051)
+        assert scores["ci95"][0] <= scores["f1"] <= scores["ci95"][1]
+    costs = [(scores["tflops"], scores["storage_floats"]) for scores in first["methods"].values()]
+    assert costs[0][0] == costs[2][0] <= costs[1][0] and costs[0][1] == 0 < costs[1][1]
+    assert costs[2][1] == 2 * 4 * (32 + 32)  # two layers of rank 4
+
+
+def test_evaluate_some_methods_on_a_sample(minigen):
+    assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods closed-book --limit 2")[0] == 0
+    found = result()
+    assert (found["n"], list(found["methods"]), found["controls"]) == (4, ["closed-book"], {})
+
+
+def test_evaluate_objectives(minigen):
+    Path("raw.txt").write_text("\n\n".join(" ".join(d.text.split()) for d in dev_documents()))
+    assert minigen(f"evaluate objectives {EVALUATE} --data raw.txt")[::2] == (0, "")
+    found = result()
+    assert (found["suite"], found["n"]) == ("objectives", 3) and found["perplexity"].keys() == {"reconstruction", "completion"}
+    for values in found["perplexity"].values():
+        assert values.keys() == {"plain", "adapter", "wrong adapter"} and len(set(values.values())) == 3 and min(values.values()) > 1
+
+
+def test_export_is_a_lora_folder(minigen):
+    code, shown, complaint = minigen("export --lm lm --generator generator --out lora --context text.txt")
+    assert (code, complaint) == (0, "") and "rank 4 for 2 layers" in shown
+    lm, tokenizer = load_lm("lm")
+    query = torch.tensor([tokenizer("Who is a vet?").input_ids])
+    plain = lm(query).logits
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("lm"), "lora")
+    assert (adapted(query).logits - plain).abs().max() > 1e-3
+
+
+def test_bench_rows(minigen):
+    assert minigen("bench --lm lm --generator generator --json out/r.json")[::2] == (0, "")
+    rows = {row["name"]: row for row in result()["rows"]}
+    assert rows.keys() == {
+        "read / forward pass",
+        "write / forward pass",
+        "generation merged / plain",
+        "generation hooked / plain",
+        "state bytes chunk 32 / chunk 1",
+    }
+    assert all(row["ratio"] > 0 and row["sizes"] for row in rows.values()) and result()["machine"]
+    assert rows["state bytes chunk 32 / chunk 1"]["ratio"] == 1
+
+
+def test_train_then_ask(minigen, monkeypatch):
+    monkeypatch.setattr(training, "read_documents", lambda path: dev_documents())
+    assert minigen(f"{TRAIN} --steps 2")[0] == 0
+    assert minigen(f"{TRAIN} --steps 4 --resume")[0] == 0
+    assert json.loads(read_text("out/generator/generator.json"))["provenance"]["steps"] == 4
+    assert minigen("ask --lm lm --generator out/generator --context text.txt --question Who?")[::2] == (0, "")

@@ -1,0 +1,203 @@
+"""minigen.training on a tiny LM: the loss against plain cross-entropy, the loop against itself interrupted, the start against none."""
+
+import csv
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from minigen import training
+from minigen.formats import load_generator
+from minigen.generator import AdapterGenerator, GeneratorConfig
+from minigen.models import load_lm
+from minigen.tasks import DATA, BadData, Document, Question, read_documents, world_document
+from minigen.training import (
+    RECIPES,
+    Recipe,
+    Source,
+    Target,
+    answers,
+    question_prompt,
+    rate,
+    reconstruction,
+    start_by_regression,
+    target_losses,
+    train,
+)
+
+TINY = GeneratorConfig(targets=("mlp.down_proj",), blocks=None, p=16, q=16, rank=8, alpha=16.0)
+RECIPE = Recipe(TINY, {"world": 1.0}, {"answers": 1.0, "reconstruction": 0.2}, contexts=4, facts=(1, 3), learning_rate=1e-2, warmup=3, start_from=24)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A recipe that takes a second, and a validation on three documents."""
+    monkeypatch.setitem(RECIPES, "tiny", RECIPE)
+    monkeypatch.setattr(training, "read_documents", lambda path: read_documents(path)[:3])
+
+
+@pytest.fixture
+def lm_and_tokenizer(lm_folder):
+    return load_lm(str(lm_folder))
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint" / "model.safetensors") | {
+        f"saved {name}": value for name, value in load_file(folder / "generator" / "generator.safetensors").items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ objectives
+
+
+def test_an_answer_is_trained_on_alone(lm_and_tokenizer):
+    _, tokenizer = lm_and_tokenizer
+    document = Document("Ann is a vet.", (Question("Who is a vet?", ("Ann", "Ann is")),))
+    (target,) = answers(document, tokenizer, random.Random(0))
+    assert tokenizer.decode(target.tokens[: target.start]) == question_prompt("Who is a vet?")
+    assert tokenizer.decode(target.tokens[target.start :]) == " Ann\n"
+
+
+def test_reconstruction_is_a_span_of_the_text(lm_and_tokenizer):
+    _, tokenizer = lm_and_tokenizer
+    document = world_document(random.Random(0))
+    spans = [tokenizer.decode(reconstruction(document, tokenizer, random.Random(seed), length=9)[0].tokens) for seed in range(20)]
+    assert all(span in document.text for span in spans) and len(set(spans)) > 5
+
+
+def test_target_losses_are_the_cross_entropy_of_all_logits(any_lm):
+    source = random.Random(0)
+    targets = [Target([source.randrange(1, 61) for _ in range(length)], start) for length, start in ((9, 4), (5, 1), (13, 12))]
+    losses, rows = target_losses(any_lm, 0, targets)
+    expected = [
+        cross_entropy(any_lm(torch.tensor([t.tokens])).logits[0, t.start - 1 : -1], torch.tensor(t.tokens[t.start :]), reduction="none")
+        for t in targets
+    ]
+    assert_close(losses, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert rows.tolist() == [0] * 5 + [1] * 4 + [2]
+
+
+def test_the_loss_is_the_weighted_sum_and_reaches_every_parameter(lm_and_tokenizer, generator_for):
+    lm, tokenizer = lm_and_tokenizer
+    generator = generator_for(lm, targets=("mlp.down_proj",)).requires_grad_()
+    objective = training.Objective(generator, lm, tokenizer, {"answers": 2.0, "reconstruction": 0.5})
+    losses = objective(*Source(RECIPE, []).batch(0))
+    assert_close(losses["loss"], 2 * losses["answers"] + 0.5 * losses["reconstruction"])
+    losses["loss"].backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in objective.parameters())
+    assert len(list(objective.parameters())) == len(list(generator.parameters()))  # the LM is not among them
+
+
+@pytest.mark.xfail(strict=True, reason="the mean over no target is NaN")
+def test_a_batch_without_questions_has_a_finite_loss(lm_and_tokenizer, generator_for):
+    lm, tokenizer = lm_and_tokenizer
+    objective = training.Objective(generator_for(lm), lm, tokenizer, RECIPE.objectives)
+    text = Document(world_document(random.Random(0)).text, ())
+    assert objective([text, text], random.Random(0))["loss"].isfinite()
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("mixture", [{"prose": 0.6, "world": 0.4}, {"closed world": 1.0}, {"text": 1.0}])
+def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
+    recipe, files = Recipe(TINY, mixture, {"answers": 1.0}), [str(DATA / "documents" / "lighthouse.txt")]
+    one, other = Source(recipe, files), Source(recipe, files)
+    one.batch(3)
+    for step in (7, 2):
+        documents, rng = one.batch(step)
+        again, same_rng = other.batch(step)
+        assert documents == again and rng.random() == same_rng.random() and len(documents) == recipe.contexts
+    if "text" not in mixture:
+        batches = [tuple(one.batch(step, process)[0]) for step in range(8) for process in range(2)]
+        assert len(set(batches)) == 16
+
+
+def test_raw_text_has_to_be_named():
+    with pytest.raises(BadData, match="add --data FILE"):
+        Source(Recipe(TINY, {"text": 1.0}, {"reconstruction": 1.0}), [])
+
+
+def test_the_rate_warms_up_stays_and_falls():
+    recipe = Recipe(TINY, {}, {}, warmup=4, steady=0.5)
+    assert [rate(step, 0.0, recipe) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [rate(99, done, recipe) for done in (0.1, 0.5, 0.75, 1.0)] == pytest.approx([1, 1, 0.525, 0.05])
+
+
+# ------------------------------------------------------------------------------------------ a start by regression
+
+
+def test_the_start_copies_from_its_own_context(lm_and_tokenizer):
+    lm, tokenizer = lm_and_tokenizer
+    documents = [world_document(random.Random(f"start {n}"), (1, 3)) for n in range(64)]
+    held_out = [world_document(random.Random(f"held out {n}"), (1, 3)) for n in range(16)]
+
+    def started(regression):
+        torch.manual_seed(0)
+        generator = AdapterGenerator.for_lm(lm, TINY)
+        if regression:
+            start_by_regression(generator, lm, tokenizer, documents)
+        return generator
+
+    fresh, start, again = started(False), started(True), started(True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in start.state_dict().items())
+    assert all(value.isfinite().all() and value.shape == fresh.state_dict()[name].shape for name, value in start.state_dict().items())
+    without = training.transfer(fresh, lm, tokenizer, held_out)
+    losses = training.transfer(start, lm, tokenizer, held_out)
+    assert without["own"] == without["other"]
+    assert losses["own"] < losses["other"] - 0.01
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+
+def test_training_lowers_the_loss_and_leaves_a_log_and_a_generator(lm_folder, tmp_path):
+    scores = train("tiny", tmp_path / "run", str(lm_folder), steps=30, validate_every=10)
+    history = json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["history"]
+    losses = [row["loss"] for row in history]
+    assert len(losses) == 30 and sum(losses[-8:]) < 0.97 * sum(losses[:8])
+    with (tmp_path / "run" / "log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    assert [(row["step"], row["contexts"]) for row in log] == [("10", "40"), ("20", "80"), ("30", "120")]
+    assert float(log[0]["loss"]) == pytest.approx(sum(losses[:10]) / 10, abs=1e-3)
+    assert {name: float(log[-1][name]) for name in scores} == pytest.approx(scores, abs=1e-3) and scores.keys() == {"dev own", "dev other"}
+    lm, _ = load_lm(str(lm_folder))
+    load_generator(tmp_path / "run" / "generator", lm)
+    card = json.loads((tmp_path / "run" / "generator" / "generator.json").read_text())
+    assert (card["provenance"]["recipe"], card["provenance"]["steps"], card["provenance"]["contexts"]) == ("tiny", 30, 120)
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(lm_folder, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train("tiny", whole, str(lm_folder), steps=12)
+    batch = Source.batch
+
+    def interrupted(self, step, process=0):
+        if step == 7:
+            raise KeyboardInterrupt
+        return batch(self, step, process)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Source, "batch", interrupted)
+        train("tiny", broken, str(lm_folder), steps=12, save_every=0)
+    assert not (broken / "generator").exists()
+    train("tiny", broken, str(lm_folder), steps=12, resume=True)
+
+    ours, theirs = weights(broken), weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    histories = [json.loads((folder / "checkpoint" / "progress.json").read_text())["history"] for folder in (broken, whole)]
+    assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
+    assert {path.name for path in broken.iterdir()} == {"checkpoint", "generator", "log.csv"}
+
+
+def test_the_seed_decides_the_run(lm_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "other seed", Recipe(**vars(RECIPE) | {"seed": 1}))
+    for name, recipe in (("one", "tiny"), ("again", "tiny"), ("other", "other seed")):
+        train(recipe, tmp_path / name, str(lm_folder), steps=2)
+    one, again, other = (weights(tmp_path / name) for name in ("one", "again", "other"))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
