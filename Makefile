@@ -6,7 +6,7 @@ VENV      ?= .venv
 PIP_ARGS  ?=
 LM        ?= smollm2
 CONTEXT   ?= data/documents/lighthouse.txt
-QUESTIONS ?= --question "Who built the lighthouse?" --question "When was it finished?" --question "What colour is its lamp?"
+QUESTIONS ?= --question "Who was the first keeper of the lighthouse?" --question "When was the lighthouse finished?" --question "What put out the lamp in 1911?"
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 
 BIN   := $(VENV)/bin

@@ -73,7 +73,7 @@ def run_train(asked: argparse.Namespace) -> None:
     """Train a generator."""
     if asked.resume and not (asked.out / "checkpoint").is_dir():
         raise BadData(f"--resume asked, but {asked.out}/checkpoint does not exist; leave --resume out, or name the folder of an earlier run")
-    out.print(train(asked.recipe, asked.out, asked.lm, asked.minutes, asked.steps, asked.data, asked.resume))
+    out.print(train(asked.recipe, asked.out, asked.lm, asked.minutes, asked.steps, asked.data, asked.resume, asked.generator))
 
 
 def run_evaluate(asked: argparse.Namespace) -> None:
@@ -145,8 +145,8 @@ def parser() -> Parser:
         sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run)
         sub.add_argument("--lm", default="smollm2", help="smollm2, toy, a folder, or a hub id")
-        if run is not run_train:
-            sub.add_argument("--generator", type=Path, help="a generator's folder; by default the one shipped for the LM")
+        own = "the start by regression" if run is run_train else "the one shipped for the LM"
+        sub.add_argument("--generator", type=Path, help=f"a generator's folder; by default {own}")
         return sub
 
     sub = verb("ask", run_ask)

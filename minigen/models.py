@@ -122,5 +122,7 @@ def answer(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Seq
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
+        stop_strings=["\n"],
+        tokenizer=tokenizer,
     )
     return [tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0] for row in out[:, ids.shape[1] :]]

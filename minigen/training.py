@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .formats import save_generator, whole_folder
+from .formats import load_generator, save_generator, whole_folder
 from .generator import AdapterGenerator, GeneratorConfig, block_inputs, rms_norm
 from .models import load_lm, padded
 from .tasks import DATA, BadData, Document, excerpt, read_documents, read_paragraphs, read_prose, varied_prose, world_document
@@ -287,13 +287,15 @@ def train(
     steps: int | None = None,
     files: list[str] | None = None,
     resume: bool = False,
+    begin: str | Path | None = None,
     validate_every: int = 100,
     save_every: float = 300.0,
 ) -> dict[str, float]:
     """Train a generator for `minutes` or `steps` and leave it in the folder `out`; returns the last validation.
 
     out/checkpoint holds the newest complete checkpoint (weights, optimiser, random state, progress); resume=True goes on from
-    it: under `steps` the result is the one that an uninterrupted run would have had.
+    it: under `steps` the result is the one that an uninterrupted run would have had. begin: a generator's folder to train on
+    from, in place of a start by regression.
     """
     recipe, out = RECIPES[recipe_name], Path(out)
     accelerator = Accelerator()
@@ -304,7 +306,9 @@ def train(
     held_out = read_documents(DATA / "documents" / "dev.jsonl")
     generator = AdapterGenerator.for_lm(lm, recipe.config)
     progress = Progress()
-    if not resume and recipe.start_from:
+    if begin:
+        generator.load_state_dict(load_generator(begin, lm).state_dict())
+    elif not resume:
         rng = random.Random(f"{recipe.seed} start")
         start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)])
     objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives)
@@ -354,6 +358,7 @@ def train(
     if accelerator.is_main_process:
         provenance = {
             "recipe": recipe_name,
+            "begin": str(begin) if begin else "regression",
             "settings": asdict(recipe),
             "data": ["data/prose", "data/world.jsonl", *(Path(file).name for file in files or [])],
             "steps": progress.step,

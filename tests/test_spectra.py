@@ -129,7 +129,11 @@ def test_slider_redraws():
 # ------------------------------------------------------------------------------------------- the method's picture
 
 TOKENS = ["The", " lamp", " is", " blue", ".\n", " It", " cost", " $5", "."]
-ANSWERS = {"closed-book": ["red", "two"], "prompting": ["blue", "a very long answer that will not fit into the few lines which stand there for it, so that at its end it must be cut"], "adapter": ["", "$5 or $6"]}
+ANSWERS = {
+    "closed-book": ["red", "two"],
+    "prompting": ["blue", "a very long answer that will not fit into the few lines which stand there for it, so that at its end it must be cut"],
+    "adapter": ["", "$5 or $6"],
+}
 
 
 @pytest.fixture
@@ -155,8 +159,10 @@ def test_method_figure_shows_the_spectrum_and_what_the_norm_makes_of_it(picture)
 
 def test_method_figure_says_sizes_questions_and_answers(picture):
     said = texts(picture[-1])
-    for words in ["9 tokens", "7 × 5", "rank 3", "A1 U   13 × 3", "3 × 11", "What colour?", "What price?", *ANSWERS, "red", "blue", "two", "$5 or $6", "-", "cut"]:
-        assert (words in said) == (words != "cut")
+    sizes = ["9 tokens", "7 × 5", "rank 3", "A1 U   13 × 3", "3 × 11"]
+    for words in [*sizes, "What colour?", "What price?", *ANSWERS, "red", "blue", "two", "$5 or $6", "-", "…"]:
+        assert words in said
+    assert "must be cut" not in said
     assert all(token.strip() in said for token in TOKENS)
 
 
