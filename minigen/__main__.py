@@ -6,14 +6,16 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .evaluation import METHODS, Reader, bench, evaluate_documents, evaluate_objectives
+from .evaluation import METHODS, WORDINGS, Reader, bench, evaluate_documents, evaluate_objectives
 from .formats import BadGenerator, load_generator, save_peft, whole_file
 from .models import UnknownLM, load_lm, window
 from .tasks import DATA, BadData, read_documents, read_paragraphs, read_text
@@ -26,7 +28,7 @@ def reader(asked: argparse.Namespace) -> Reader:
     """The LM, its tokenizer and its generator, checked to fit each other."""
     with out.status(f"loading {asked.lm}"):
         lm, tokenizer = load_lm(asked.lm)
-        return Reader(lm, tokenizer, load_generator(asked.generator or DATA / asked.lm, lm))
+        return Reader(lm, tokenizer, load_generator(asked.generator or DATA / asked.lm, lm), getattr(asked, "wording", "led chat"))
 
 
 def write_json(path: Path | None, result: dict) -> None:
@@ -48,7 +50,7 @@ def run_ask(asked: argparse.Namespace) -> None:
         notes.append(f"longer than one pass of {chunk} tokens, so read in {-(-tokens // chunk)} chunks")
     if tokens > window(it.lm):
         notes.append(f"longer than the LM's window of {window(it.lm)} tokens, so prompting sees only its end")
-    out.print("; ".join(notes))
+    out.print(escape("; ".join(notes)))
     with out.status("reading"):
         began = time.perf_counter()
         it.adapter(text)
@@ -61,7 +63,7 @@ def run_ask(asked: argparse.Namespace) -> None:
             seconds[name] = time.perf_counter() - began
     table = Table("question", *METHODS, show_lines=True)
     for row, question in enumerate(asked.question):
-        table.add_row(question, *(answers[name][row] for name in METHODS))
+        table.add_row(escape(question), *(escape(answers[name][row]) for name in METHODS))
     table.add_row("[dim]seconds", *(f"[dim]{seconds[name]:.1f}" for name in METHODS))
     out.print(table)
     out.print(f"Reading the text and writing its adapter took {seconds['read and write']:.1f} s of the adapter's time.")
@@ -82,7 +84,12 @@ def run_evaluate(asked: argparse.Namespace) -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS)} are known; choose from these")
-    items = read_documents(asked.data) if asked.suite == "documents" else read_paragraphs(asked.data)
+    if asked.suite == "documents":
+        items = read_documents(asked.data)
+    elif asked.data.suffix in (".json", ".jsonl"):
+        items = [document.text for document in read_documents(asked.data)]
+    else:
+        items = read_paragraphs(asked.data)
     if asked.limit is not None:
         items = random.Random(0).sample(items, min(asked.limit, len(items)))
     it = reader(asked)
@@ -136,6 +143,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def above_zero(kind: type) -> Callable[[str], float]:
+    """An argparse type: a finite number of this kind above zero."""
+
+    def parse(text: str) -> float:
+        if not 0 < (value := kind(text)) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} asked; choose a number above 0")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def parser() -> Parser:
     """The whole command line, one sub-command a verb."""
     everything = Parser(prog="python -m minigen", description="A text becomes an adapter of a language model.")
@@ -158,16 +177,17 @@ def parser() -> Parser:
     sub.add_argument("recipe", choices=RECIPES)
     sub.add_argument("--out", type=Path, required=True, help="where checkpoint, log and generator go")
     budget = sub.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--minutes", type=float, help="train for so long")
-    budget.add_argument("--steps", type=int, help="train for so many steps")
+    budget.add_argument("--minutes", type=above_zero(float), help="train for so long")
+    budget.add_argument("--steps", type=above_zero(int), help="train for so many steps")
     sub.add_argument("--data", action="append", default=[], help="raw text, for recipes that read it; may be given several times")
     sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint")
 
     sub = verb("evaluate", run_evaluate)
     sub.add_argument("suite", choices=["documents", "objectives"])
-    sub.add_argument("--data", type=Path, required=True, help="documents: SQuAD JSON or JSON lines; objectives: plain text")
+    sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; for objectives also plain text")
     sub.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
-    sub.add_argument("--limit", type=int, help="only a seeded sample of so many documents or paragraphs")
+    sub.add_argument("--wording", choices=WORDINGS, default="led chat", help="how prompting puts the text and the question")
+    sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many documents or paragraphs")
     sub.add_argument("--json", type=Path, help="write the result here as well")
 
     sub = verb("export", run_export)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generator import Adapter, AdapterGenerator, ContextState
 from .models import answer, window
-from .tasks import Document, Question, answer_recall, exact_match, f1
+from .tasks import BadData, Document, Question, answer_recall, exact_match, f1
 from .training import Target, question_prompt, target_losses
 
 NEW_TOKENS = 20
@@ -22,11 +22,12 @@ NEW_TOKENS = 20
 
 @dataclass(frozen=True)
 class Reader:
-    """An LM, its tokenizer and the generator that was trained for it: all that a method needs to answer."""
+    """An LM, its tokenizer, the generator that was trained for it, and how prompting words a question (a name in WORDINGS)."""
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     generator: AdapterGenerator
+    wording: str = "led chat"
 
     def read(self, text: str) -> ContextState:
         """The state of a text, as it stands, without a template around it."""
@@ -47,11 +48,11 @@ def closed_book(reader: Reader, context: str, questions: Sequence[str]) -> list[
 
 
 def prompting(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
-    """The plain LM with the text in every prompt, in the wording that did best on the development documents."""
-    room = window(reader.lm) - NEW_TOKENS - 128
+    """The plain LM with the text in every prompt; the usual wording is the one that did best on data/documents/dev.jsonl."""
+    room = max(1, window(reader.lm) - NEW_TOKENS - 128)
     tokens = reader.tokenizer(context).input_ids
     seen = context if len(tokens) <= room else reader.tokenizer.decode(tokens[-room:])
-    return answer(reader.lm, reader.tokenizer, [PROMPT(reader.tokenizer, seen, question) for question in questions], NEW_TOKENS)
+    return answer(reader.lm, reader.tokenizer, [WORDINGS[reader.wording](reader.tokenizer, seen, question) for question in questions], NEW_TOKENS)
 
 
 def adapter(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
@@ -88,11 +89,18 @@ def led_chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: 
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    if tokenizer.chat_template is None:
+        return f"{message}\n"
     return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
 
 
-WORDINGS = {"plain": plain_prompt, "instructed": instructed_prompt, "chat": chat_prompt, "brief chat": brief_chat_prompt, "led chat": led_chat_prompt}
-PROMPT = plain_prompt
+WORDINGS: dict[str, Callable[[PreTrainedTokenizerBase, str, str], str]] = {
+    "plain": plain_prompt,
+    "instructed": instructed_prompt,
+    "chat": chat_prompt,
+    "brief chat": brief_chat_prompt,
+    "led chat": led_chat_prompt,
+}
 
 
 # ------------------------------------------------------------------------------------------------ controls
@@ -188,6 +196,8 @@ def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
     each against the plain LM and against the adapter of another paragraph.
     """
     tokens = [ids for text in texts if len(ids := reader.tokenizer(text).input_ids) >= 8]
+    if len(tokens) < 2:
+        raise BadData(f"{len(tokens)} paragraphs of 8 tokens or more found, two are needed (one is the other's control); give a longer text")
     reads = [ids[: window(reader.lm)] for ids in tokens]
     halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in reads]
     suites = {"reconstruction": [(ids, ids) for ids in reads], "completion": halves}

@@ -6,10 +6,12 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict
+from errno import EEXIST
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .generator import AdaptedLayer, Adapter, AdapterGenerator, GeneratorConfig
@@ -33,9 +35,13 @@ def whole_folder(target: str | Path):
         yield scratch
         if target.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.replace(target, replaced / target.name)
-            os.replace(scratch, target)
-            shutil.rmtree(replaced)
+            try:
+                os.replace(target, replaced / target.name)
+                os.replace(scratch, target)
+            finally:
+                if not target.exists():
+                    os.replace(replaced / target.name, target)
+                shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(scratch, target)
     finally:
@@ -55,6 +61,14 @@ def whole_file(target: str | Path):
         scratch.unlink(missing_ok=True)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file; a full disk is an OSError, as everywhere else."""
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name} could not be written: {error}") from None
+
+
 def save_generator(folder: str | Path, generator: AdapterGenerator, lm: PreTrainedModel, lm_name: str, provenance: dict) -> None:
     """A generator folder: bf16 weights, and a card with its settings, its layers, its LM's fingerprint and where it came from."""
     card = {
@@ -64,7 +78,7 @@ def save_generator(folder: str | Path, generator: AdapterGenerator, lm: PreTrain
         "provenance": provenance,
     }
     with whole_folder(folder) as scratch:
-        save_file({k: v.detach().bfloat16().contiguous().cpu() for k, v in generator.state_dict().items()}, scratch / WEIGHTS)
+        save_tensors({k: v.bfloat16() for k, v in generator.state_dict().items()}, scratch / WEIGHTS)
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
@@ -82,7 +96,7 @@ def load_generator(folder: str | Path, lm: PreTrainedModel | None = None) -> Ada
         weights = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise BadGenerator(f"{folder}: {Path(error.filename or WEIGHTS).name} is missing; name a folder made by `minigen train`") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BadGenerator(f"{folder / CARD}: not a generator's card ({error}); name a folder made by `minigen train`") from None
     except SafetensorError as error:
         raise BadGenerator(f"{folder / WEIGHTS}: truncated or not safetensors ({error}); fetch or train it again") from None
@@ -108,6 +122,9 @@ def save_peft(adapter: Adapter, folder: str | Path, lm: PreTrainedModel) -> None
     """One adapter as a PEFT LoRA folder:   lora_A = down (r x i), lora_B = up (o x r), lora_alpha / r = scale"""
     if adapter.batch != 1:
         raise ValueError(f"a LoRA folder holds one adapter, this holds {adapter.batch}; choose a row first: adapter[[0]]")
+    folder = Path(folder)
+    if folder.exists() and not (folder / "adapter_config.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise FileExistsError(EEXIST, "holds other files; name a new folder, or one with a LoRA to replace", str(folder))
     rank = next(iter(adapter.down.values())).shape[1]
     config = {
         "peft_type": "LORA",
@@ -123,8 +140,8 @@ def save_peft(adapter: Adapter, folder: str | Path, lm: PreTrainedModel) -> None
     }
     tensors = {}
     for name in adapter.down:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.down[name][0].detach().contiguous().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.up[name][0].detach().contiguous().cpu()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.down[name][0]
+        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.up[name][0]
     with whole_folder(folder) as scratch:
-        save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, scratch / "adapter_model.safetensors")
         (scratch / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -163,7 +163,7 @@ def excerpt(document: Document, rng: random.Random, sentences: tuple[int, int]) 
     count = rng.randint(*sentences)
     start = rng.randrange(max(1, len(parts) - count + 1))
     text = " ".join(parts[start : start + count])
-    questions = tuple(q for q in document.questions if q.answers[0] in text)
+    questions = tuple(q for q in document.questions if re.search(rf"(?<!\w){re.escape(q.answers[0])}(?!\w)", text))
     return Document(text, questions) if questions else document
 
 
@@ -202,7 +202,7 @@ def read_documents(path: str | Path) -> list[Document]:
 
 def _json_lines(path, text: str) -> list:
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             records += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
@@ -235,7 +235,10 @@ def read_paragraphs(path: str | Path, shortest: int = 200) -> list[str]:
     text = re.sub(r"([(\[]) ", r"\1", text)
     text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
     lines = [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=\S)", text)]
-    return [line for line in lines if len(line) >= shortest and not line.startswith("=")]
+    found = [line for line in lines if len(line) >= shortest and not line.startswith("=")]
+    if not found:
+        raise BadData(f"{path}: no paragraph of at least {shortest} characters; give a longer text")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- metrics

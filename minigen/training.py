@@ -89,7 +89,8 @@ class Objective(nn.Module):
                 kind_of += [kind] * len(made)
         with adapter[row_of].applied_to(lm):
             losses, rows = target_losses(lm, tokenizer.pad_token_id, targets)
-        means = {kind: losses[torch.tensor([k == kind for k in kind_of], device=rows.device)[rows]].mean() for kind in self.weights}
+        of_kind = {kind: losses[torch.tensor([k == kind for k in kind_of], device=rows.device)[rows]] for kind in self.weights}
+        means = {kind: chosen.sum() / max(1, len(chosen)) for kind, chosen in of_kind.items()}
         return means | {"loss": sum(weight * means[kind] for kind, weight in self.weights.items())}
 
 
@@ -165,7 +166,7 @@ class Source:
 def inverse_root(C: Tensor, ridge: float) -> Tensor:
     """C^(-1/2) of a covariance, with `ridge` times its mean variance added."""
     C = C.double()
-    values, vectors = torch.linalg.eigh(C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
+    values, vectors = torch.linalg.eigh(C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device))
     return (vectors * values.rsqrt()) @ vectors.T
 
 
@@ -193,7 +194,7 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
     for first in tqdm(range(0, len(documents), 8), desc="start by regression", unit="batch", disable=None):
         batch = documents[first : first + 8]
         encoded = [tokenizer(document.text, return_offsets_mapping=True) for document in batch]
-        ids, mask = padded([e.input_ids for e in encoded], tokenizer.pad_token_id)
+        ids, mask = (t.to(lm.device) for t in padded([e.input_ids for e in encoded], tokenizer.pad_token_id))
         rows, pairs = [], []  # pairs: (row of the question, position in it, row of the context, position in it)
         for row, document in enumerate(batch):
             for question in document.questions:
@@ -212,7 +213,7 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         real = mask.bool()
         embedded = E[ids[real]]
         for layer in range(len(layers)):
-            h = rms_norm(H[layer], torch.ones(layers[layer].h))
+            h = rms_norm(H[layer], torch.ones(layers[layer].h, device=lm.device))
             centre = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
             x = X[layer][asked, position].float()
             accumulate(layer, hh=(h[real], h[real]), eh=(embedded, h[real]), xx=(x, x), hx=(h[told, n] - centre[told], x))
@@ -304,7 +305,10 @@ def train(
     lm.to(accelerator.device)
     source = Source(recipe, files or [])
     held_out = read_documents(DATA / "documents" / "dev.jsonl")
-    generator = AdapterGenerator.for_lm(lm, recipe.config)
+    try:
+        generator = AdapterGenerator.for_lm(lm, recipe.config)
+    except ValueError as error:
+        raise BadData(f"recipe {recipe_name!r} does not fit {lm_name}: {error}") from None
     progress = Progress()
     if begin:
         generator.load_state_dict(load_generator(begin, lm).state_dict())

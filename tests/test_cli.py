@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from minigen import training
 from minigen.__main__ import main
-from minigen.evaluation import CONTROLS, METHODS, PROMPT, Reader
+from minigen.evaluation import CONTROLS, METHODS, WORDINGS, Reader
 from minigen.formats import WEIGHTS, load_generator, save_generator
 from minigen.generator import GeneratorConfig
 from minigen.models import answer, load_lm
@@ -112,26 +112,18 @@ BAD = [
     ("bench --lm lm --generator foreign --json out/r.json", "foreign: made for another"),
     ("", r"required: ask \| train \| evaluate"),
     ("dance", "dance"),
-]
-BAD_FOR_NOW = [  # each ends in a traceback, or never
     ("train facts --lm lm --out out --steps 2", "targets .*blocks"),
     (f"{TRAIN} --steps 0", "steps"),
     (f"{TRAIN} --minutes 0", "minutes"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --limit 0", "limit"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --limit -1", "limit"),
     (f"evaluate objectives {EVALUATE} --data short.txt", "short.txt"),
+    (f"{TRAIN} --steps -1", "steps"),
+    (f"{TRAIN} --minutes -1", "minutes"),
 ]
-NEVER_ENDING = [(f"{TRAIN} --steps -1", "steps"), (f"{TRAIN} --minutes -1", "minutes")]
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        *BAD,
-        *(pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason="a traceback")) for case in BAD_FOR_NOW),
-        *(pytest.param(*case, marks=pytest.mark.xfail(run=False, reason="trains for ever")) for case in NEVER_ENDING),
-    ],
-)
+@pytest.mark.parametrize(("command", "message"), BAD)
 def test_bad_input_ends_in_one_line(command, message, minigen, here):
     Path("short.txt").write_text("Too short to be a paragraph.")
     before = sorted(here.rglob("*"))
@@ -141,7 +133,6 @@ def test_bad_input_ends_in_one_line(command, message, minigen, here):
     assert sorted(here.rglob("*")) == before
 
 
-@pytest.mark.xfail(strict=True, reason="safetensors raises SafetensorError where the disk is full")
 def test_a_full_disk_ends_in_one_line(minigen, here):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -188,13 +179,12 @@ def test_ask_gives_three_answers_a_question(minigen):
     bare = [question_prompt(question) for question in questions]
     with Reader(lm, tokenizer, load_generator("generator")).adapter(TEXT).applied_to(lm):
         adapted = answer(lm, tokenizer, bare)
-    prompted = answer(lm, tokenizer, [PROMPT(tokenizer, TEXT, question) for question in questions])
+    prompted = answer(lm, tokenizer, [WORDINGS["led chat"](tokenizer, TEXT, question) for question in questions])
     assert found["answers"] == {"closed-book": answer(lm, tokenizer, bare), "prompting": prompted, "adapter": adapted}
     assert len(set(map(tuple, found["answers"].values()))) == 3
     assert all(name in shown for name in METHODS)
 
 
-@pytest.mark.xfail(strict=True, reason="rich takes [/b] for a closing tag and raises MarkupError; [red] vanishes")
 def test_ask_shows_brackets_as_they_are(minigen):
     code, shown, _ = minigen([*ASK.split(), "--context", "text.txt", "--question", "[/b] [red]?"])
     assert code == 0 and "[/b] [red]?" in shown

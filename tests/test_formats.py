@@ -85,10 +85,6 @@ def drop_last_layer(tensors):
         del tensors[name]
 
 
-def fails_for_now(damage, message, reason):
-    return pytest.param(damage, message, marks=pytest.mark.xfail(strict=True, raises=ValueError, reason=reason))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -96,12 +92,10 @@ def fails_for_now(damage, message, reason):
         (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS} is missing; name a folder"),
         (lambda folder: (folder / CARD).write_text('{"lm": '), f"{CARD}: not a generator's card"),
         (lambda folder: (folder / CARD).write_text("[]"), f"{CARD}: not a generator's card"),
-        fails_for_now(lambda folder: (folder / CARD).write_bytes(b"\xff"), f"{CARD}: not a generator's card", "UnicodeDecodeError comes through"),
+        (lambda folder: (folder / CARD).write_bytes(b"\xff"), f"{CARD}: not a generator's card"),
         (change_card(lambda card: card.pop("layers")), f"{CARD}: not a generator's card .'layers'"),
         (change_card(lambda card: card["config"].update(colour="red")), f"{CARD}: not a generator's card .*colour"),
-        fails_for_now(
-            change_card(lambda card: card["config"].update(norm="new")), f"{CARD}: .*norm='new' asked", "the config's ValueError comes through"
-        ),
+        (change_card(lambda card: card["config"].update(norm="new")), f"{CARD}: .*norm='new' asked"),
         (truncate, f"{WEIGHTS}: truncated or not safetensors"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: truncated or not safetensors"),
         (lambda folder: (folder / WEIGHTS).write_text("no tensors here"), f"{WEIGHTS}: truncated or not safetensors"),
@@ -184,7 +178,6 @@ def test_an_exception_leaves_what_was_there(whole, raised, existing, tmp_path):
         assert (target / "file" if folder else target).read_text() == "new" and list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder was moved away by then and is deleted or left in a hidden folder")
 def test_an_exception_while_folders_are_swapped_leaves_the_old_one(saved, llama, generator_for, monkeypatch):
     before, replace = content(saved), os.replace
 
@@ -261,7 +254,6 @@ def test_a_batch_of_two_is_no_lora_folder(llama, adapter, tmp_path):
     save_peft(two[[1]], tmp_path / "lora", llama)
 
 
-@pytest.mark.xfail(strict=True, reason="the folder and everything in it is replaced")
 def test_a_lora_folder_never_replaces_other_peoples_files(llama, adapter, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("three years")
