@@ -262,7 +262,6 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     contexts: int = 0
-    tokens_seen: int = 0
     history: list[dict] = field(default_factory=list)
 
 
@@ -382,12 +381,13 @@ def rate(step: int, done: float, recipe: Recipe) -> float:
 
 
 def write_log(path: Path, history: list[dict]) -> None:
-    """The loss log as CSV, one row a validation, losses averaged since the one before."""
+    """The loss log as CSV, one row a validation, its losses averaged over the steps since the one before."""
     rows, since = [], []
-    for row in history:
-        since.append(row)
-        if "dev own" in row:
-            rows.append({k: round(sum(r[k] for r in since) / len(since), 4) if isinstance(row[k], float) and k in since[0] and k != "seconds" else row[k] for k in row})
+    for step in history:
+        since.append(step)
+        if "dev own" in step:
+            averaged = {k: round(sum(s[k] for s in since) / len(since), 4) for k in step if k == "loss" or k in OBJECTIVES}
+            rows.append(step | averaged)
             since = []
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
