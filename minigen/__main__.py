@@ -28,7 +28,7 @@ def reader(asked: argparse.Namespace) -> Reader:
     """The LM, its tokenizer and its generator, checked to fit each other."""
     with out.status(f"loading {asked.lm}"):
         lm, tokenizer = load_lm(asked.lm)
-        return Reader(lm, tokenizer, load_generator(asked.generator or DATA / asked.lm, lm), getattr(asked, "wording", "led chat"))
+        return Reader(lm, tokenizer, load_generator(asked.generator or DATA / asked.lm, lm), asked.wording)
 
 
 def write_json(path: Path | None, result: dict) -> None:
@@ -162,7 +162,7 @@ def parser() -> Parser:
 
     def verb(name: str, run) -> Parser:
         sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, wording=Reader.wording)
         sub.add_argument("--lm", default="smollm2", help="smollm2, toy, a folder, or a hub id")
         own = "the start by regression" if run is run_train else "the one shipped for the LM"
         sub.add_argument("--generator", type=Path, help=f"a generator's folder; by default {own}")
@@ -186,7 +186,7 @@ def parser() -> Parser:
     sub.add_argument("suite", choices=["documents", "objectives"])
     sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; for objectives also plain text")
     sub.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
-    sub.add_argument("--wording", choices=WORDINGS, default="led chat", help="how prompting puts the text and the question")
+    sub.add_argument("--wording", choices=WORDINGS, default=Reader.wording, help="how prompting puts the text and the question")
     sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many documents or paragraphs")
     sub.add_argument("--json", type=Path, help="write the result here as well")
 
