@@ -17,7 +17,7 @@ from functools import reduce
 from operator import add
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -249,14 +249,18 @@ class Adapter:
 
     @contextmanager
     def applied_to(self, lm: nn.Module):
-        """Within the block, y = W x + scale * up (down x) in every adapted layer; off afterwards, whatever happens inside."""
+        """Within the block, y = W x + scale * up (down x) in every adapted layer; off afterwards, whatever happens inside.
+
+        A batch of k times as many rows as adapters gives each adapter k neighbouring rows; a single one serves them all.
+        """
 
         def hook(down, up):
             def add_update(module, args, y):
                 x = args[0]
-                if len(down) not in (1, len(x)):
-                    raise ValueError(f"{len(down)} adapters for a batch of {len(x)} rows; give one per row (adapter[rows]) or a single one")
-                return y + self.scale * (x @ down.mT.to(x)) @ up.mT.to(x)
+                if len(x) % len(down):
+                    raise ValueError(f"{len(down)} adapters for a batch of {len(x)} rows; give one per row (adapter[rows]) or per equal group of rows")
+                update = rearrange(x, "(b k) n i -> b (k n) i", b=len(down)) @ down.mT.to(x) @ up.mT.to(x)
+                return y + self.scale * rearrange(update, "b (k n) o -> (b k) n o", n=x.shape[1])
 
             return add_update
 

@@ -167,6 +167,14 @@ def excerpt(document: Document, rng: random.Random, sentences: tuple[int, int]) 
     return Document(text, questions) if questions else document
 
 
+def cloze(text: str, rng: random.Random) -> Question:
+    """A question that any text answers: a sentence broken off before a name or a number (or, having none, before any word)."""
+    sentence = rng.choice([s for s in re.split(r"(?<=[.!?])\s+", text) if " " in s] or [text])
+    marked = list(re.finditer(r"(?<=\w )(?:[A-Z][\w-]*(?: [A-Z][\w-]*)*|\d[\d,.]*\b)", sentence))
+    chosen = rng.choice(marked or list(re.finditer(r"(?<=\S\s)\w+", sentence)) or [re.search(r"\S+", sentence)])
+    return Question(sentence[: chosen.start()].strip() or "...", (chosen[0],))
+
+
 # ------------------------------------------------------------------------------------------- other people's files
 
 

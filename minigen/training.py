@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .formats import load_generator, save_generator, whole_folder
 from .generator import AdapterGenerator, GeneratorConfig, block_inputs, rms_norm
 from .models import load_lm, padded
-from .tasks import DATA, BadData, Document, excerpt, read_documents, read_paragraphs, read_prose, varied_prose, world_document
+from .tasks import DATA, BadData, Document, Question, cloze, excerpt, read_documents, read_paragraphs, read_prose, varied_prose, world_document
 
 # ------------------------------------------------------------------------------------------------- objectives
 
@@ -38,12 +38,16 @@ def question_prompt(question: str) -> str:
 
 
 def answers(document: Document, tokenizer, rng: random.Random, count: int = 4) -> list[Target]:
-    """Some of the document's questions; loss on the answer only (the paper's instruction tuning)."""
-    targets = []
-    for question in rng.sample(document.questions, min(count, len(document.questions))):
-        prompt = tokenizer(question_prompt(question.text)).input_ids
-        targets.append(Target(prompt + tokenizer(f" {question.answers[0]}\n").input_ids, len(prompt)))
-    return targets
+    """`count` questions, the document's own and then sentences to complete; loss on the answer only (the paper's instruction tuning)."""
+    questions = rng.sample(document.questions, min(count, len(document.questions)))
+    questions += [cloze(document.text, rng) for _ in range(count - len(questions))]
+    return [answer_target(question, tokenizer) for question in questions]
+
+
+def answer_target(question: Question, tokenizer) -> Target:
+    """A question put to the LM, and its first answer as what must be said."""
+    prompt = tokenizer(question_prompt(question.text)).input_ids
+    return Target(prompt + tokenizer(f" {question.answers[0]}\n").input_ids, len(prompt))
 
 
 def reconstruction(document: Document, tokenizer, rng: random.Random, length: int = 24) -> list[Target]:
@@ -80,16 +84,15 @@ class Objective(nn.Module):
         lm, tokenizer = self._frozen
         contexts = padded([tokenizer(document.text).input_ids for document in documents], tokenizer.pad_token_id)
         adapter = self.generator.write(self.generator.read(lm, *(t.to(lm.device) for t in contexts)))
-        targets, row_of, kind_of = [], [], []
-        for row, document in enumerate(documents):
+        targets, kinds = [], []
+        for document in documents:
             for kind in self.weights:
                 made = OBJECTIVES[kind](document, tokenizer, rng)
                 targets += made
-                row_of += [row] * len(made)
-                kind_of += [kind] * len(made)
-        with adapter[row_of].applied_to(lm):
+                kinds += [kind] * len(made)
+        with adapter.applied_to(lm):
             losses, rows = target_losses(lm, tokenizer.pad_token_id, targets)
-        of_kind = {kind: losses[torch.tensor([k == kind for k in kind_of], device=rows.device)[rows]] for kind in self.weights}
+        of_kind = {kind: losses[torch.tensor([k == kind for k in kinds], device=rows.device)[rows]] for kind in self.weights}
         means = {kind: chosen.sum() / max(1, len(chosen)) for kind, chosen in of_kind.items()}
         return means | {"loss": sum(weight * means[kind] for kind, weight in self.weights.items())}
 
@@ -109,8 +112,8 @@ class Recipe:
     mixture: dict[str, float]
     objectives: dict[str, float]
     contexts: int = 8
-    sentences: tuple[int, int] = (1, 5)
-    facts: tuple[int, int] = (1, 7)
+    sentences: tuple[int, int] = (1, 8)
+    facts: tuple[int, int] = (1, 8)
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
@@ -121,9 +124,9 @@ class Recipe:
     seed: int = 0
 
 
-LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=128, q=128, rank=64, alpha=128.0)
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
 RECIPES = {
-    "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.4}, {"answers": 1.0, "reconstruction": 0.2}),
+    "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.3, "closed world": 0.1}, {"answers": 1.0, "reconstruction": 0.2}),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
 }
 
@@ -271,7 +274,7 @@ def transfer(generator: AdapterGenerator, lm, tokenizer, documents: list[Documen
     ids, mask = padded([tokenizer(document.text).input_ids for document in documents], tokenizer.pad_token_id)
     adapter = generator.write(generator.read(lm, ids.to(lm.device), mask.to(lm.device)))
     rows = [row for row, document in enumerate(documents) for _ in document.questions]
-    targets = [t for document in documents for t in answers(document, tokenizer, random.Random(0), count=99)]
+    targets = [answer_target(question, tokenizer) for document in documents for question in document.questions]
     losses = {}
     for name, shift in (("own", 0), ("other", 1)):
         with adapter[[(row + shift) % len(documents) for row in rows]].applied_to(lm):

@@ -284,6 +284,14 @@ def test_every_batch_row_has_its_own_adapter(adapted, rows):
             assert_close(together[[k]], lm(query[[row]]).logits, **CLOSE)
 
 
+def test_an_adapter_serves_its_group_of_rows(adapted):
+    lm, adapter, query, _ = adapted
+    with adapter.applied_to(lm):
+        grouped = lm(query[[0, 1, 1, 0]]).logits
+    with adapter[[0, 0, 1, 1]].applied_to(lm):
+        assert_close(grouped, lm(query[[0, 1, 1, 0]]).logits, **CLOSE)
+
+
 def test_an_untrained_generator_changes_nothing(any_lm, tokens):
     generator, query = AdapterGenerator.for_lm(any_lm, GeneratorConfig(p=16, q=12, rank=4)), tokens(b, 6)
     plain = any_lm(query).logits

@@ -17,6 +17,7 @@ from minigen.tasks import (
     Document,
     Question,
     answer_recall,
+    cloze,
     closed_value,
     exact_match,
     excerpt,
@@ -153,6 +154,19 @@ def test_an_excerpt_answers_in_whole_words():
     document = Document("It was 1957. He had 9 cats.", (Question("How many cats?", ("9",)), Question("When?", ("1957",))))
     excerpts = [excerpt(document, random.Random(seed), (1, 1)) for seed in range(9)]
     assert {(part.text, len(part.questions)) for part in excerpts} == {("It was 1957.", 1), ("He had 9 cats.", 1)}
+
+
+def test_a_cloze_breaks_a_sentence_off_before_a_name_or_a_number():
+    text = "The inn at Lower Wick burned in 1911. nobody knows why."
+    drawn = {(q.text, *q.answers) for q in (cloze(text, random.Random(seed)) for seed in range(40))}
+    before_a_word = {("nobody", "knows"), ("nobody knows", "why")}
+    assert drawn == {("The inn at", "Lower Wick"), ("The inn at Lower Wick burned in", "1911")} | before_a_word
+
+
+@pytest.mark.parametrize("text", ["Hello", "a b", "  One.  Two.  ", "12"])
+def test_a_cloze_of_any_text_ends_in_a_word_of_it(text):
+    question = cloze(text, random.Random(0))
+    assert question.text and question.answers[0] in text.split()[-1] + text.split()[0]
 
 
 @pytest.mark.parametrize("name", HELD_OUT)

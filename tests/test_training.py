@@ -57,9 +57,16 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_an_answer_is_trained_on_alone(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
     document = Document("Ann is a vet.", (Question("Who is a vet?", ("Ann", "Ann is")),))
-    (target,) = answers(document, tokenizer, random.Random(0))
+    (target,) = answers(document, tokenizer, random.Random(0), count=1)
     assert tokenizer.decode(target.tokens[: target.start]) == question_prompt("Who is a vet?")
     assert tokenizer.decode(target.tokens[target.start :]) == " Ann\n"
+
+
+def test_a_document_with_few_questions_is_asked_to_complete_its_sentences(lm_and_tokenizer):
+    _, tokenizer = lm_and_tokenizer
+    document = Document("The vet is Ann.", (Question("Who is a vet?", ("Ann",)),))
+    asked = [tokenizer.decode(target.tokens) for target in answers(document, tokenizer, random.Random(0), count=3)]
+    assert asked == [f"{question_prompt(q)} Ann\n" for q in ("Who is a vet?", "The vet is", "The vet is")]
 
 
 def test_reconstruction_is_a_span_of_the_text(lm_and_tokenizer):
