@@ -1,25 +1,38 @@
-"""Figures of the state, and the thin ipywidgets shell around one: arrays in, a matplotlib Figure out, no pyplot state.
+"""Figures of the state and its adapter, and the thin ipywidgets shell around one: arrays in, a matplotlib Figure out, no pyplot state.
 
-Figures are white with dark text, whatever theme surrounds them; the colours are Okabe and Ito's, which colour-blind eyes tell apart.
+Figures are white with dark text, whatever theme surrounds them; the colours are Okabe and Ito's, PuOr and cividis, which colour-blind
+eyes tell apart. Letters are those of minigen.generator, and c chunk, v vocabulary; a direction is counted from 1, as on the axes.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from itertools import accumulate
+from operator import add
 
 import numpy as np
 import torch
+from einops import einsum
 from ipywidgets import IntSlider, interactive
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .evaluation import METHODS, Reader
-from .generator import NULL_DIRECTION, ContextState
+from .generator import NULL_DIRECTION, Adapter, AdapterGenerator, ContextState, rms_norm, svd_norm, weight_matrix
+from .training import Target, target_losses
 
 KEPT, DROPPED, RANK, NUMERIC, TEXT = "#0072B2", "#BBBBBB", "#D55E00", "#009E73", "#222222"
 SIGNED = colormaps["PuOr"].resampled(11)  # orange below zero, white about zero, purple above; few shades keep the files small
+ORDERED = colormaps["cividis"]
 DPI = 100
 
 
@@ -38,10 +51,110 @@ def gains(sigma: Float[np.ndarray, " r"], rank: int) -> Float[np.ndarray, " r"]:
     return (np.arange(len(sigma)) < min(rank, numeric_rank(sigma))).astype(float)
 
 
+def energy(sigma: Float[np.ndarray, "*l r"]) -> Float[np.ndarray, "*l r"]:
+    """Every direction's share of ||S||_F^2.   p_i = sigma_i^2 / sum_j sigma_j^2, all zero for a state of zeros"""
+    squares = np.square(sigma, dtype=float)
+    return squares / np.maximum(squares.sum(-1, keepdims=True), np.finfo(float).tiny)
+
+
+def effective_rank(sigma: Float[np.ndarray, "*l r"]) -> Float[np.ndarray, "*l"]:
+    """Over how many directions the energy spreads: the exponential of its entropy (Roy and Vetterli 2007).   exp(-sum_i p_i ln p_i)"""
+    p = energy(sigma)
+    return np.exp(-(p * np.log(np.where(p > 0, p, 1.0))).sum(-1))
+
+
+def stream_singular_values(chunks: Iterable[ContextState], row: int = 0) -> Float[np.ndarray, "c l r"]:
+    """sigma of S_t after every chunk of a stream, e.g. of generator.read_chunks (eq. 3).   S_t = S_{t-1} + what chunk t adds"""
+    return np.stack([singular_values(state, row) for state in accumulate(chunks, add)])
+
+
+@torch.no_grad()
+def overlaps(states: Sequence[ContextState], rank: int) -> Float[np.ndarray, "l b b"]:
+    """How much the adapters of different contexts write into the same subspace: every pair's principal angles theta_i, averaged.
+
+    mean_i cos^2 theta_i = ||U_r^T U'_r||_F^2 / min(r, r'), r directions kept (fewer where S has fewer). Every batch row of every
+    state is one context. Two random subspaces of p dimensions come to max(r, r') / p.
+    """
+    left, _ = svd_norm(torch.cat([state.S for state in states], dim=1), rank)
+    cosines = einsum(left, left, "l b p r, l c p s -> l b c r s")
+    kept = left.square().sum((-2, -1))
+    return (cosines.square().sum((-2, -1)) / torch.minimum(kept[:, :, None], kept[:, None]).clamp_min(1)).cpu().numpy()
+
+
+@torch.no_grad()
+def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: Int[Tensor, "1 n"]) -> Float[np.ndarray, "l n r"]:
+    """Which tokens wrote which direction: each one's part of sigma_k.   share_nk = (u_k . A2 h_n)(B1^T h_n . v_k) / sigma_k
+
+    S is a sum over tokens and sigma_k = u_k^T S v_k, so the shares of a direction sum to one over the tokens (single ones may be
+    negative); those of null directions are zero.
+    """
+    if len(input_ids) != 1:
+        raise ValueError(f"shares of {len(input_ids)} texts asked; give one at a time, as input_ids of shape (1, n)")
+    chunks = []
+
+    def listen(H, mask):
+        chunks.append(H)
+        return generator.contribution(H, mask)
+
+    listener = copy(generator)
+    listener.contribution = listen
+    S = listener.read(lm, input_ids).S[:, 0]
+    left, right = svd_norm(S, generator.config.rank)
+    shares = []
+    for g, U, V, sigma, *H in zip(generator.by_layer, left, right, torch.linalg.svdvals(S), *chunks, strict=True):
+        H = rms_norm(torch.cat(H, dim=1), g.norm)[0]
+        written = (H @ g.A2.T @ U) * (H @ g.B1 @ V)
+        shares.append(written / sigma[: U.shape[1]].clamp_min(torch.finfo(sigma.dtype).tiny))
+    return torch.stack(shares).cpu().numpy()
+
+
+@torch.no_grad()
+def promoted(lm: PreTrainedModel, adapter: Adapter, name: str, row: int = 0) -> Float[np.ndarray, "r v"]:
+    """What a direction of one layer says when it fires, through the logit lens (nostalgebraist 2020).   logits_k = W_head norm(A1 u_k)
+
+    norm: the LM's last one, without its bias, as if the residual stream held the direction alone. For layers that write into that
+    stream (o_proj, down_proj, c_proj). Direction k fires with v_k^T B2 x, which may have either sign, so both ends of logits_k speak.
+    """
+    direction = adapter.up[name][row].mT
+    if direction.shape[1] != lm.config.hidden_size:
+        raise ValueError(
+            f"{name} asked, but its {direction.shape[1]} outputs are not the residual stream ({lm.config.hidden_size} wide); "
+            "choose a layer that writes into it: o_proj, down_proj or c_proj"
+        )
+    norms = [module for module in lm.base_model.children() if getattr(module, "weight", None) is not None and module.weight.ndim == 1]
+    if not norms:
+        raise ValueError(f"the last norm of {type(lm).__name__} was not found among the children of its base model; the logit lens needs one there")
+    head = lm.get_output_embeddings().weight
+    direction = direction.to(head)
+    return ((norms[-1](direction) - norms[-1](torch.zeros_like(direction))) @ head.T).float().cpu().numpy()
+
+
+@torch.no_grad()
+def update_norms(lm: PreTrainedModel, adapter: Adapter, row: int = 0) -> Float[np.ndarray, "l 2"]:
+    """How large the update is beside the frozen weights it is added to.   ||W_delta||_F, ||W||_F of every adapted layer"""
+    pairs = [(adapter.delta(name)[row], weight_matrix(lm.get_submodule(name))) for name in adapter.down]
+    return np.array([[torch.linalg.matrix_norm(matrix.float()).item() for matrix in pair] for pair in pairs])
+
+
+@torch.no_grad()
+def switched_off(lm: PreTrainedModel, adapter: Adapter, target: Target) -> Float[np.ndarray, "l n"]:
+    """What every layer does for every token of an answer, in nats: the change when its adapter alone is off.   log p without l - log p with all"""
+
+    def log_probabilities(names: Sequence[str]) -> Float[Tensor, " n"]:
+        chosen = Adapter({name: adapter.down[name] for name in names}, {name: adapter.up[name] for name in names}, adapter.scale)
+        with chosen.applied_to(lm):
+            return -target_losses(lm, 0, [target])[0]
+
+    every = log_probabilities([*adapter.down])
+    return torch.stack([log_probabilities([name for name in adapter.down if name != off]) - every for off in adapter.down]).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------- the figures
+
+
 def spectrum_figure(sigma: Float[np.ndarray, "l r"], rank: int, layer: int) -> Figure:
     """The singular values of S in one adapted layer, before the norm and after it; the kept and the numeric rank are marked."""
-    if not 0 <= layer < len(sigma):
-        raise ValueError(f"layer {layer} asked of {len(sigma)} adapted layers; choose 0 to {len(sigma) - 1}")
+    _check_layer(layer, len(sigma))
     figure = _figure(8.4, 3.2)
     before, after = figure.subplots(1, 2)
     _bars(before, sigma[layer], sigma[layer], rank)
@@ -64,6 +177,128 @@ def spectrum_explorer(sigma: Float[np.ndarray, "l r"], rank: int) -> interactive
     return interactive(lambda layer: spectrum_figure(sigma, rank, layer), {"auto_display": True}, layer=slider)
 
 
+def layers_figure(sigma: Float[np.ndarray, "l r"], rank: int) -> Figure:
+    """All layers at once: a heat map of sigma / sigma_1 over layers and directions; beside it the effective rank and the energy that r keeps."""
+    figure = _figure(9.6, 1.6 + 0.2 * len(sigma))
+    heat, spread, kept = figure.subplots(1, 3, sharey=True, width_ratios=[5, 2, 2])
+    relative = sigma / np.maximum(sigma.max(-1, keepdims=True), np.finfo(float).tiny)
+    layers, directions = sigma.shape
+    image = heat.imshow(
+        relative,
+        cmap=ORDERED.with_extremes(bad=ORDERED(0.0)),  # zeros have no logarithm
+        norm=LogNorm(np.clip(relative.min(), NULL_DIRECTION, 0.1), 1),
+        extent=(0.5, directions + 0.5, layers - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    heat.axvline(rank + 0.5, color=RANK, lw=2)
+    heat.set(title="σ / σ1", xlabel=f"singular direction (r = {rank} kept)", ylabel="adapted layer", yticks=range(layers))
+    figure.colorbar(image, ax=heat, pad=0.02)
+    for axes, numbers, form, title in (
+        (spread, effective_rank(sigma), "{:.1f}", "effective rank"),
+        (kept, 100 * energy(sigma)[:, :rank].sum(-1), "{:.2f} %", f"energy kept by r = {rank}"),
+    ):
+        bars = axes.barh(range(layers), numbers, color=KEPT)
+        axes.bar_label(bars, [form.format(number) for number in numbers], padding=3, size=9, color=TEXT)
+        axes.set(title=title, xlim=(0, 1.45 * max(*numbers, 1.0)), xticks=[])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    return figure
+
+
+def stream_figure(sigma: Float[np.ndarray, "c l r"], rank: int, layer: int) -> Figure:
+    """The spectrum of one adapted layer as the stream goes: a curve per chunk, and beside them its numeric and its effective rank.
+
+    A curve ends where rounding noise begins; the bar of the same chunk has its colour.
+    """
+    _check_layer(layer, sigma.shape[1])
+    figure = _figure(8.4, 3.4)
+    curves, ranks = figure.subplots(1, 2, width_ratios=[3, 2])
+    read = np.arange(1, len(sigma) + 1)
+    colours = ORDERED(np.linspace(0.9, 0.0, len(sigma)))
+    numeric = [numeric_rank(values) for values in sigma[:, layer]]
+    for values, end, colour in zip(sigma[:, layer], numeric, colours, strict=True):
+        curves.plot(np.arange(1, end + 1), values[:end], color=colour, lw=1.8)
+    curves.axvline(rank + 0.5, color=RANK, lw=2)
+    curves.set(title=f"S after every chunk, adapted layer {layer}", xlabel="singular direction", ylabel="singular value σ", yscale="log")
+    ranks.bar(read, numeric, color=colours, label="numeric rank")
+    ranks.plot(read, effective_rank(sigma[:, layer]), color=TEXT, marker="o", ms=4, label="effective rank")
+    ranks.axhline(rank, color=RANK, lw=2, label=f"rank kept: {rank}")
+    ranks.set(title="its rank", xlabel="chunks read")
+    ranks.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (curves, ranks):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*ranks.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
+    return figure
+
+
+def overlap_figure(overlap: Float[np.ndarray, "b b"], names: Sequence[str], chance: float) -> Figure:
+    """How much the subspaces of different contexts overlap (one layer of `overlaps`, or its mean); chance: that of random ones, r / p."""
+    side = 2.2 + 0.55 * len(names)
+    figure = _figure(side + 1.0, side)
+    axes = figure.subplots()
+    image = _numbered(axes, overlap, "{:.2f}", ORDERED, Normalize(chance, 1))
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_title("overlap of the kept subspaces")
+    figure.colorbar(image, ax=axes, label=f"mean cos² of the principal angles\n(random subspaces: {chance:.2f})")
+    return figure
+
+
+def token_figure(tokens: Sequence[str], shares: Float[np.ndarray, "l n r"], layer: int, direction: int) -> Figure:
+    """Which tokens wrote one singular direction of one adapted layer: their shares, painted on the text as far as it fits."""
+    _check_layer(layer, len(shares))
+    _check_direction(direction, shares.shape[-1])
+    share = shares[layer, :, direction - 1]
+    limit = np.abs(share).max() or 1.0
+    colours = ScalarMappable(Normalize(-limit, limit), SIGNED)
+    text = _running_text(tokens, 116)
+    rows = min(text[-1][0] + 1, 40)
+    height = 0.6 + 0.21 * rows  # in inches, as 0.21 for a row, 0.05 below the text, and 0.1 for the colour bar
+    figure = _figure(8.4, height, layout="none")
+    axes = figure.add_axes((0.01, 0.05 / height, 0.98, 0.21 * rows / height))
+    bar = figure.add_axes((0.72, 1 - 0.2 / height, 0.24, 0.1 / height))
+    _token_panel(axes, text, colours.to_rgba(share)[:, :3], columns=118, rows=rows, size=8.5)
+    axes.set_title(f"who wrote direction {direction} of adapted layer {layer}: the share of each token", loc="left")
+    figure.colorbar(colours, cax=bar, orientation="horizontal", format=PercentFormatter(1), ticks=[-limit, 0, limit])
+    return figure
+
+
+def promotion_figure(logits: Float[np.ndarray, "r v"], vocabulary: Sequence[str], direction: int, answer: int) -> Figure:
+    """The tokens that one direction promotes, fired either way; the answer's token is marked, and its place among all tokens given."""
+    _check_direction(direction, len(logits))
+    figure = _figure(8.4, 3.6)
+    for axes, sign in zip(figure.subplots(1, 2), (1, -1), strict=True):
+        signed = sign * logits[direction - 1]
+        top = np.argsort(-signed, kind="stable")[:10]
+        place = 1 + int((signed > signed[answer]).sum())
+        axes.barh(range(len(top)), signed[top], color=[RANK if token == answer else KEPT for token in top])
+        axes.set_yticks(range(len(top)), [repr(vocabulary[token]) for token in top], parse_math=False)
+        axes.set_xlabel(f"logit\nanswer {vocabulary[answer]!r}: {signed[answer]:+.2f}, place {place:,} of {len(signed):,}", parse_math=False)
+        axes.set_title(f"direction {direction} fires {'+' if sign > 0 else '−'}")
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def update_figure(norms: Float[np.ndarray, "l 2"], change: Float[np.ndarray, "l n"], answer: Sequence[str]) -> Figure:
+    """How large every layer's update is beside its weights, and what becomes of each token of an answer when that layer is off."""
+    layers = range(len(norms))
+    figure = _figure(9.6, 1.9 + 0.22 * len(norms))
+    size, effect = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
+    size.barh([layer + 0.2 for layer in layers], norms[:, 1], height=0.4, color=DROPPED, label="‖W‖")
+    bars = size.barh([layer - 0.2 for layer in layers], norms[:, 0], height=0.4, color=KEPT, label="‖W_delta‖")
+    size.bar_label(bars, [f"{delta / frozen:.1%}" for delta, frozen in norms], padding=3, size=8, color=TEXT)
+    size.set(title="size of the update", xlabel="Frobenius norm", ylabel="adapted layer", yticks=layers)
+    size.spines[["top", "right"]].set_visible(False)
+    limit = np.abs(change).max() or 1.0
+    image = _numbered(effect, change, "{:+.2f}", SIGNED, Normalize(-limit, limit))
+    effect.set_xticks(range(len(answer)), [repr(token) for token in answer], rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+    effect.set_title("a layer off: change of log p(answer token)")
+    figure.colorbar(image, ax=effect, label="nats")
+    figure.legend(*size.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
+    return figure
+
+
 def method_figure(
     tokens: Sequence[str],
     S: Float[np.ndarray, "p q"],
@@ -81,7 +316,7 @@ def method_figure(
     boxes = {"tokens": (0.012, 0.235), "S": (0.303, 0.165), "spectrum": (0.541, 0.165), "adapter": (0.757, 0.235)}
     top, height = 0.9, 0.42
     at = {name: figure.add_axes((left, top - height, width, height)) for name, (left, width) in boxes.items()}
-    _token_panel(at["tokens"], tokens)
+    _token_panel(at["tokens"], _running_text(tokens, 38), [("#FBE8C8", "#D6EAF5")[n % 2] for n in range(len(tokens))], columns=40, rows=22, size=7)
     _matrix(at["S"], S)
     _spectrum_panel(at["spectrum"], np.linalg.svd(S, compute_uv=False), rank)
     _adapter_panel(at["adapter"], up, down)
@@ -124,6 +359,21 @@ def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
 
 
+def _check_layer(layer: int, layers: int) -> None:
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer {layer} asked of {layers} adapted layers; choose 0 to {layers - 1}")
+
+
+def _check_direction(direction: int, rank: int) -> None:
+    if not 1 <= direction <= rank:
+        raise ValueError(f"direction {direction} asked of {rank}; choose 1 to {rank}")
+
+
+def _ink(background: Sequence[float]) -> str:
+    """Dark text on light colours, white on dark ones."""
+    return TEXT if np.dot(to_rgb(background), (0.3, 0.59, 0.11)) > 0.5 else "white"
+
+
 def _log(axes: Axes, sigma: Float[np.ndarray, " r"]) -> None:
     """A log axis that begins just below the smallest value, but not far below rounding noise."""
     largest = sigma.max() or 1.0
@@ -145,23 +395,40 @@ def _matrix(axes: Axes, matrix: Float[np.ndarray, "row column"]) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def _token_panel(axes: Axes, tokens: Sequence[str], columns: int = 40, rows: int = 22) -> None:
-    """The tokens as running text, tinted in turn, as far as they fit."""
-    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    row, column = 0, 0
-    for number, token in enumerate(tokens):
+def _numbered(axes: Axes, matrix: Float[np.ndarray, "row column"], form: str, colours: Colormap, norm: Normalize) -> AxesImage:
+    """A small matrix as a heat map, with its numbers in the cells."""
+    image = axes.imshow(matrix, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    for (row, column), number in np.ndenumerate(matrix):
+        axes.text(column, row, form.format(number), size=8, ha="center", va="center", color=_ink(image.to_rgba(number)[:3]))
+    return image
+
+
+def _running_text(tokens: Sequence[str], columns: int) -> list[tuple[int, int, str]]:
+    """Row, first column and letters of every token, set as running text."""
+    places, row, column = [], 0, 0
+    for token in tokens:
         shown = token.replace("\n", " ")
+        if column and column + len(shown) > columns:
+            row, column = row + 1, 0
         if column == 0:
             shown = shown.lstrip()
-        if column + len(shown) > columns:
-            row, column, shown = row + 1, 0, shown.lstrip()
-        if row == rows - 1 and number < len(tokens) - 1 and column + len(shown) > columns - 8:
-            axes.text(column, row + 0.5, " …", family="monospace", size=7, va="center", color=TEXT)
-            break
-        axes.add_patch(Rectangle((column, row + 0.04), len(shown), 0.92, color="#D6EAF5" if number % 2 else "#FBE8C8", lw=0))
-        axes.text(column, row + 0.5, shown, family="monospace", size=7, va="center", color=TEXT)
+        places.append((row, column, shown))
         column += len(shown)
+    return places
+
+
+def _token_panel(axes: Axes, text: list[tuple[int, int, str]], tints: Sequence, columns: int, rows: int, size: float) -> None:
+    """Running text, each token on its tint, as far as it fits."""
+    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    end = 0
+    for (row, column, shown), tint in zip(text, tints, strict=True):
+        if row == rows:
+            axes.text(end, rows - 0.5, " …", family="monospace", size=size, va="center", color=TEXT)
+            break
+        axes.add_patch(Rectangle((column, row + 0.04), len(shown), 0.92, color=tint, lw=0))
+        axes.text(column, row + 0.5, shown, family="monospace", size=size, va="center", color=_ink(tint), parse_math=False)
+        end = column + len(shown)
 
 
 def _spectrum_panel(axes: Axes, sigma: Float[np.ndarray, " r"], rank: int) -> None:
