@@ -72,7 +72,10 @@ def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple
 
 
 class Objective(nn.Module):
-    """One step's loss: read the contexts, write their adapters, and predict every objective's targets with them on."""
+    """One step's loss: read the contexts, write their adapters, and predict every objective's targets with them on.
+
+    An objective makes equally many targets of every document: each adapter serves its own group of rows.
+    """
 
     def __init__(self, generator: AdapterGenerator, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float]):
         super().__init__()
