@@ -1,4 +1,4 @@
-"""The command line:  python -m minigen ask | train | evaluate | export | bench"""
+"""The command line:  python -m minigen ask | train | evaluate | export | import-official | bench"""
 
 import argparse
 import json
@@ -16,10 +16,10 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from .evaluation import METHODS, WORDINGS, Reader, bench, evaluate_documents, evaluate_objectives
-from .formats import BadGenerator, load_generator, save_peft, whole_file
-from .models import UnknownLM, load_lm, window
+from .formats import BadGenerator, import_official, load_generator, official_config, save_generator, save_peft, whole_file
+from .models import UnknownLM, load_lm, load_weights, window
 from .tasks import DATA, BadData, read_documents, read_paragraphs, read_text
-from .training import RECIPES, train
+from .training import RECIPES, train, train_toy_lm
 
 out = Console()
 
@@ -72,7 +72,12 @@ def run_ask(asked: argparse.Namespace) -> None:
 
 
 def run_train(asked: argparse.Namespace) -> None:
-    """Train a generator."""
+    """Train a generator, or (toy-lm) the toy language model itself."""
+    if asked.recipe == "toy-lm":
+        if not asked.steps:
+            raise BadData("toy-lm is trained for a number of steps, so that everybody gets the same weights; say --steps 1400")
+        out.print(train_toy_lm(asked.out, asked.steps))
+        return
     if asked.resume and not (asked.out / "checkpoint").is_dir():
         raise BadData(f"--resume asked, but {asked.out}/checkpoint does not exist; leave --resume out, or name the folder of an earlier run")
     out.print(train(asked.recipe, asked.out, asked.lm, asked.minutes, asked.steps, asked.data, asked.resume, asked.generator))
@@ -119,6 +124,21 @@ def run_export(asked: argparse.Namespace) -> None:
     out.print(f"{asked.out}: a LoRA of rank {it.generator.config.rank} for {len(it.generator.layers)} layers of {asked.lm}")
 
 
+def run_import(asked: argparse.Namespace) -> None:
+    """Turn one of the authors' checkpoints into a generator folder."""
+    base = official_config(asked.folder)["base_model_name_or_path"]
+    beside = asked.folder / base  # a base named by a relative path lies beside the checkpoint
+    name = asked.lm or (str(beside.resolve()) if beside.is_dir() else base)
+    if Path(name).name != Path(base).name:
+        raise BadGenerator(f"{asked.folder}: made for {base}, but --lm {name} was given; leave --lm out, or name a copy of that LM")
+    with out.status(f"loading {name}"):
+        lm, _ = load_weights(name, torch.bfloat16)
+        generator = import_official(asked.folder, lm)
+    provenance = {"recipe": "import-official", "checkpoint": asked.folder.name, "base": base}
+    save_generator(asked.out, generator, lm, name, provenance, next(generator.parameters()).dtype)
+    out.print(f"{asked.out}: a generator for {len(generator.layers)} layers of {base}; read it with --lm {name} --generator {asked.out}")
+
+
 def run_bench(asked: argparse.Namespace) -> None:
     """Speed, memory and cost, each as a ratio within the run."""
     rows = bench(reader(asked))
@@ -158,7 +178,7 @@ def above_zero(kind: type) -> Callable[[str], float]:
 def parser() -> Parser:
     """The whole command line, one sub-command a verb."""
     everything = Parser(prog="python -m minigen", description="A text becomes an adapter of a language model.")
-    verbs = everything.add_subparsers(required=True, metavar="ask | train | evaluate | export | bench")
+    verbs = everything.add_subparsers(required=True, metavar="ask | train | evaluate | export | import-official | bench")
 
     def verb(name: str, run) -> Parser:
         sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -174,7 +194,7 @@ def parser() -> Parser:
     sub.add_argument("--json", type=Path, help="write the result here as well")
 
     sub = verb("train", run_train)
-    sub.add_argument("recipe", choices=RECIPES)
+    sub.add_argument("recipe", choices=[*RECIPES, "toy-lm"])
     sub.add_argument("--out", type=Path, required=True, help="where checkpoint, log and generator go")
     budget = sub.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=above_zero(float), help="train for so long")
@@ -193,6 +213,12 @@ def parser() -> Parser:
     sub = verb("export", run_export)
     sub.add_argument("--context", type=Path, required=True, help="a UTF-8 text file")
     sub.add_argument("--out", type=Path, required=True, help="the folder to write")
+
+    sub = verbs.add_parser("import-official", help=run_import.__doc__, description=run_import.__doc__)
+    sub.set_defaults(run=run_import)
+    sub.add_argument("folder", type=Path, metavar="DIR", help="the checkpoint: adapter_config.json and adapter_model.safetensors")
+    sub.add_argument("--out", type=Path, required=True, help="the generator's folder")
+    sub.add_argument("--lm", help="where its base LM is; by default where the checkpoint says")
 
     sub = verb("bench", run_bench)
     sub.add_argument("--json", type=Path, help="write the result here as well")

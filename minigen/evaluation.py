@@ -22,12 +22,15 @@ NEW_TOKENS = 20
 
 @dataclass(frozen=True)
 class Reader:
-    """An LM, its tokenizer, the generator that was trained for it, and how prompting words a question (a name in WORDINGS)."""
+    """An LM, its tokenizer, the generator that was trained for it, and how prompting words a question.
+
+    wording: a name in WORDINGS; None for "led chat", the one that did best on data/documents/dev.jsonl, or "plain" for an LM that cannot chat.
+    """
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     generator: AdapterGenerator
-    wording: str = "led chat"
+    wording: str | None = None
 
     def read(self, text: str) -> ContextState:
         """The state of a text, as it stands, without a template around it."""
@@ -48,11 +51,17 @@ def closed_book(reader: Reader, context: str, questions: Sequence[str]) -> list[
 
 
 def prompting(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
-    """The plain LM with the text in every prompt; the usual wording is the one that did best on data/documents/dev.jsonl."""
-    room = max(1, window(reader.lm) - NEW_TOKENS - 128)
+    """The plain LM with the text in every prompt."""
+    wording = WORDINGS[reader.wording or ("led chat" if reader.tokenizer.chat_template else "plain")]
+
+    def prompts(seen: str) -> list[str]:
+        return [wording(reader.tokenizer, seen, question) for question in questions]
+
+    around = max(len(reader.tokenizer(prompt).input_ids) for prompt in prompts(""))
+    room = max(1, window(reader.lm) - NEW_TOKENS - around)
     tokens = reader.tokenizer(context).input_ids
     seen = context if len(tokens) <= room else reader.tokenizer.decode(tokens[-room:])
-    return answer(reader.lm, reader.tokenizer, [WORDINGS[reader.wording](reader.tokenizer, seen, question) for question in questions], NEW_TOKENS)
+    return answer(reader.lm, reader.tokenizer, prompts(seen), NEW_TOKENS)
 
 
 def adapter(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""What leaves and enters: generator folders (safetensors and JSON), PEFT LoRA folders. Nothing is ever half-written."""
+"""What leaves and enters: generator folders (safetensors and JSON), PEFT LoRA folders, the authors' checkpoints. Nothing is ever half-written."""
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from errno import EEXIST
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -69,8 +71,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path.name} could not be written: {error}") from None
 
 
-def save_generator(folder: str | Path, generator: AdapterGenerator, lm: PreTrainedModel, lm_name: str, provenance: dict) -> None:
-    """A generator folder: bf16 weights, and a card with its settings, its layers, its LM's fingerprint and where it came from."""
+def save_generator(
+    folder: str | Path, generator: AdapterGenerator, lm: PreTrainedModel, lm_name: str, provenance: dict, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """A generator folder: its weights, and a card with its settings, its layers, its LM's fingerprint and where it came from."""
     card = {
         "lm": {"name": lm_name, "fingerprint": fingerprint(lm)},
         "config": asdict(generator.config),
@@ -78,7 +82,7 @@ def save_generator(folder: str | Path, generator: AdapterGenerator, lm: PreTrain
         "provenance": provenance,
     }
     with whole_folder(folder) as scratch:
-        save_tensors({k: v.bfloat16() for k, v in generator.state_dict().items()}, scratch / WEIGHTS)
+        save_tensors({k: v.to(dtype) for k, v in generator.state_dict().items()}, scratch / WEIGHTS)
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
@@ -101,14 +105,7 @@ def load_generator(folder: str | Path, lm: PreTrainedModel | None = None) -> Ada
     except SafetensorError as error:
         raise BadGenerator(f"{folder / WEIGHTS}: truncated or not safetensors ({error}); fetch or train it again") from None
     generator = AdapterGenerator(config, layers)
-    wanted = {k: tuple(v.shape) for k, v in generator.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in weights.items()}
-    if wanted != found:
-        odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))[0]
-        raise BadGenerator(f"{folder / WEIGHTS}: {odd} is {found.get(odd, 'missing')}, the card asks for {wanted.get(odd, 'no such tensor')}; fetch it again")
-    bad = [k for k, v in weights.items() if not v.isfinite().all()]
-    if bad:
-        raise BadGenerator(f"{folder / WEIGHTS}: {bad[0]} holds NaN or infinite values; fetch or train it again")
+    check_weights(folder / WEIGHTS, generator, weights)
     generator.load_state_dict({k: v.float() for k, v in weights.items()})
     if lm is not None and fingerprint(lm) != made_for["fingerprint"]:
         raise BadGenerator(
@@ -116,6 +113,81 @@ def load_generator(folder: str | Path, lm: PreTrainedModel | None = None) -> Ada
             f"use --lm {made_for['name']}, or a generator trained for this LM"
         )
     return generator.eval().requires_grad_(False)
+
+
+OFFICIAL_NAMES = {"A1": "B2", "A2": "B1", "A3": "A2", "B": "A1", "hidden_state_norm": "norm"}  # theirs -> the paper's
+OFFICIAL_KEY = re.compile(r"base_model\.model\.(.+?\.\d+)\.base_layer\.(.+)\.fastlora_(\w+)\.weight")
+OFFICIAL_METHOD = {"peft_type": "FASTLORA", "fastlora_arch": "aassbb", "fastlora_merge": "pre-norm-sum", "fastlora_gist_len": 0, "lora_r": 0}
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def official_config(folder: str | Path) -> dict:
+    """The settings of a checkpoint of the authors, refused where they are of another method or its weights are pickled."""
+    folder = Path(folder)
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text())
+        odd = [name for name, value in OFFICIAL_METHOD.items() if found[name] != value]
+    except FileNotFoundError:
+        raise BadGenerator(f"{folder}: adapter_config.json is missing; name the folder of one of the authors' checkpoints") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadGenerator(f"{folder / 'adapter_config.json'}: not a checkpoint of the authors ({error}); name the folder of one") from None
+    if odd:
+        raise BadGenerator(f"{folder}: {odd[0]} is {found[odd[0]]!r}, {OFFICIAL_METHOD[odd[0]]!r} is needed; this is another method's checkpoint")
+    if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
+        raise BadGenerator(f"{folder}: {pickled[0]} is a pickle, which can run code when opened; only safetensors are read, so take it out of the folder")
+    return found
+
+
+def import_official(folder: str | Path, lm: PreTrainedModel) -> AdapterGenerator:
+    """A checkpoint of the authors as a generator for its LM, in the dtype of the checkpoint.
+
+    Their A1, A2, A3, B are the paper's B2, B1^T, A2, A1; r = d_r stands for p, the inter size for q, the maximal rank for the rank kept.
+    Chunks are read in sequence, as in their training and evaluation.
+
+    Raises BadGenerator for pickled weights, another method, another LM, a layer too few or too many, shapes that contradict the settings.
+    """
+    folder, settings = Path(folder), official_config(folder)
+    try:
+        config = GeneratorConfig(
+            targets=tuple(settings["fastlora_param"]),
+            p=settings["fastlora_r"],
+            q=settings["fastlora_inter_size"],
+            rank=settings["fastlora_max_rank"],
+            alpha=float(settings["fastlora_alpha"]),
+            norm=settings["fastlora_norm"],
+            encode="sequential",
+            chunk=settings["fastlora_window"],
+        )
+        generator = AdapterGenerator.for_lm(lm, config)
+        stored = load_file(folder / "adapter_model.safetensors")
+    except FileNotFoundError:
+        raise BadGenerator(f"{folder}: adapter_model.safetensors is missing; fetch it again") from None
+    except SafetensorError as error:
+        raise BadGenerator(f"{folder / 'adapter_model.safetensors'}: truncated or not safetensors ({error}); fetch it again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadGenerator(f"{folder / 'adapter_config.json'}: settings that cannot be used ({error}); fetch it again") from None
+    place = {layer.name: n for n, layer in enumerate(generator.layers)}
+    weights = {}
+    for key, value in stored.items():
+        parts = OFFICIAL_KEY.fullmatch(key)
+        layer = place.get(f"{parts[1]}.{parts[2]}") if parts else None
+        if layer is None or parts[3] not in OFFICIAL_NAMES:
+            raise BadGenerator(f"{folder}: holds {key}, which {config.targets} of this {type(lm).__name__} has no place for; is it for another LM?")
+        weights[f"by_layer.{layer}.{OFFICIAL_NAMES[parts[3]]}"] = value.T if parts[3] == "A2" else value
+    check_weights(folder / "adapter_model.safetensors", generator, weights)
+    generator.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    return generator.eval().requires_grad_(False)
+
+
+def check_weights(path: Path, generator: AdapterGenerator, weights: dict[str, Tensor]) -> None:
+    """BadGenerator where a tensor is missing, superfluous, of another shape, or not finite."""
+    wanted = {k: tuple(v.shape) for k, v in generator.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in weights.items()}
+    if wanted != found:
+        odd = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))[0]
+        raise BadGenerator(f"{path}: {odd} is {found.get(odd, 'missing')}, the settings ask for {wanted.get(odd, 'no such tensor')}; fetch it again")
+    if bad := [k for k, v in weights.items() if not v.isfinite().all()]:
+        raise BadGenerator(f"{path}: {bad[0]} holds NaN or infinite values; fetch or train it again")
 
 
 def save_peft(adapter: Adapter, folder: str | Path, lm: PreTrainedModel) -> None:

@@ -7,14 +7,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Int
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .tasks import DATA
 
@@ -39,19 +43,42 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
         source = str(DATA / "toy")
     else:
         source = name
+    lm, source = load_weights(source, dtype)
     try:
-        if not Path(source).is_dir():
-            source = snapshot_download(source, etag_timeout=3, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"])
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnknownLM(f"LM {name!r} has no tokenizer that can be read ({_first_line(error)}); put one beside its weights") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return lm, tokenizer
+
+
+def load_weights(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, str]:
+    """A frozen causal LM from a folder or the hub, without its tokenizer, and the folder that it came from."""
+    try:
+        local = {"etag_timeout": 3, "ignore_patterns": ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]}
+        folder = name if Path(name).is_dir() else snapshot_download(name, **local)
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UnknownLM(
             f"LM {name!r} asked, but it is neither 'smollm2' or 'toy', nor a folder with a model, nor a hub id within reach "
-            f"({str(error).splitlines()[0][:150]}); check the name"
+            f"({_first_line(error)}); check the name"
         ) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return lm.eval().requires_grad_(False), tokenizer
+    return lm.eval().requires_grad_(False), folder
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:150]
+
+
+def word_tokenizer(words: Sequence[str], longest: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are whole words, punctuation marks and line breaks; unknown words become "<unknown>"."""
+    vocabulary = {token: n for n, token in enumerate(["<pad>", "<unknown>", "\n", ".", "?", ":", *words])}
+    whole_words = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))
+    whole_words.pre_tokenizer = Split(Regex(r"\w+|[^\w\s]|\n"), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole_words, pad_token="<pad>", unk_token="<unknown>", model_max_length=longest, clean_up_tokenization_spaces=True
+    )
 
 
 def cache_folder() -> Path:
@@ -112,6 +139,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> tupl
     return ids, mask
 
 
+@cache
+def last_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the tokens after which an answer is over: all that hold a line break, and the end of the text."""
+    texts = tokenizer.batch_decode([[n] for n in range(len(tokenizer))])
+    return [n for n, text in enumerate(texts) if "\n" in text or n == tokenizer.eos_token_id]
+
+
 @torch.no_grad()
 def answer(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 20) -> list[str]:
     """Greedy continuations of a batch of prompts, up to the first line break (the paper's protocol: 20 tokens)."""
@@ -122,7 +156,6 @@ def answer(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Seq
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        stop_strings=["\n"],
-        tokenizer=tokenizer,
+        eos_token_id=last_tokens(tokenizer),
     )
     return [tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0] for row in out[:, ids.shape[1] :]]

@@ -122,6 +122,33 @@ def _capital(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
+@cache
+def toy_world() -> dict:
+    """All there is in the toy LM's world: {"names": [...], "relations": [{"says": [...], "asks": [...], "values": [...]}]}."""
+    return json.loads((DATA / "toy_world.json").read_text())
+
+
+def toy_document(rng: random.Random, facts: tuple[int, int] = (4, 8)) -> Document:
+    """A document of the toy world: facts about some people, one to four about each, in shuffled order, one question a fact."""
+    count = rng.randint(*facts)
+    people = iter(rng.sample(toy_world()["names"], count))
+    told = []
+    while len(told) < count:
+        s = next(people)
+        for relation in rng.sample(toy_world()["relations"], min(rng.randint(1, 4), count - len(told))):
+            told.append((s, relation, rng.choice(relation["values"])))
+    rng.shuffle(told)
+    text = " ".join(rng.choice(r["says"]).format(s=s, v=v) for s, r, v in told)
+    return Document(text, tuple(Question(rng.choice(r["asks"]).format(s=s), (v,)) for s, r, v in told))
+
+
+def toy_vocabulary() -> list[str]:
+    """Every word of the toy world, in alphabetical order."""
+    sentences = [sentence for relation in toy_world()["relations"] for sentence in relation["says"] + relation["asks"]]
+    words = re.findall(r"\w+", " ".join(sentences).replace("{s}", "").replace("{v}", ""))
+    return sorted({*words, *toy_world()["names"], *(value for relation in toy_world()["relations"] for value in relation["values"])})
+
+
 def read_prose(paths: Sequence[Path]) -> list[dict]:
     """Our own prose: JSON lines {"text", "values": {name: kind}, "qas": [[question, answer]]}."""
     return [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]

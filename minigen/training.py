@@ -3,9 +3,12 @@
 import csv
 import json
 import random
+import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -14,12 +17,26 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .formats import load_generator, save_generator, whole_folder
-from .generator import AdapterGenerator, GeneratorConfig, block_inputs, rms_norm
-from .models import load_lm, padded
-from .tasks import DATA, BadData, Document, Question, cloze, excerpt, read_documents, read_paragraphs, read_prose, varied_prose, world_document
+from .generator import AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm
+from .models import load_lm, padded, word_tokenizer
+from .tasks import (
+    DATA,
+    BadData,
+    Document,
+    Question,
+    cloze,
+    excerpt,
+    read_documents,
+    read_paragraphs,
+    read_prose,
+    toy_document,
+    toy_vocabulary,
+    varied_prose,
+    world_document,
+)
 
 # ------------------------------------------------------------------------------------------------- objectives
 
@@ -37,11 +54,11 @@ def question_prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
-def answers(document: Document, tokenizer, rng: random.Random, count: int = 4) -> list[Target]:
-    """`count` questions, the document's own and then sentences to complete; loss on the answer only (the paper's instruction tuning)."""
+def answers(document: Document, pieces: list[list[int]], tokenizer, rng: random.Random, count: int = 4) -> list[list[Target]]:
+    """Once all is read, `count` questions, the document's own and then sentences to complete; loss on the answer only (the paper's instruction tuning)."""
     questions = rng.sample(document.questions, min(count, len(document.questions)))
     questions += [cloze(document.text, rng) for _ in range(count - len(questions))]
-    return [answer_target(question, tokenizer) for question in questions]
+    return [[] for _ in pieces[1:]] + [[answer_target(question, tokenizer) for question in questions]]
 
 
 def answer_target(question: Question, tokenizer) -> Target:
@@ -50,14 +67,22 @@ def answer_target(question: Question, tokenizer) -> Target:
     return Target(prompt + tokenizer(f" {question.answers[0]}\n").input_ids, len(prompt))
 
 
-def reconstruction(document: Document, tokenizer, rng: random.Random, length: int = 24) -> list[Target]:
-    """A span of what was read, starting anywhere in it (the paper's reconstruction)."""
-    tokens = tokenizer(document.text).input_ids
-    start = rng.randrange(max(1, len(tokens) - length + 1))
-    return [Target(tokens[start : start + length], 1)]
+def reconstruction(document: Document, pieces: list[list[int]], tokenizer, rng: random.Random, length: int = 24) -> list[list[Target]]:
+    """After every piece, a span of what was read so far, starting anywhere in it (the paper's reconstruction)."""
+    read, targets = [], []
+    for piece in pieces:
+        read = read + piece
+        start = rng.randrange(max(1, len(read) - length + 1))
+        targets.append([Target(read[start : start + length], 1)])
+    return targets
 
 
-OBJECTIVES: dict[str, Callable[..., list[Target]]] = {"answers": answers, "reconstruction": reconstruction}
+def completion(document: Document, pieces: list[list[int]], tokenizer, rng: random.Random) -> list[list[Target]]:
+    """After every piece but the last, the piece that comes next (the paper's completion)."""
+    return [[Target(following, 1)] for following in pieces[1:]] + [[]]
+
+
+OBJECTIVES: dict[str, Callable[..., list[list[Target]]]] = {"answers": answers, "reconstruction": reconstruction, "completion": completion}
 
 
 def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor]:
@@ -72,32 +97,43 @@ def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple
 
 
 class Objective(nn.Module):
-    """One step's loss: read the contexts, write their adapters, and predict every objective's targets with them on.
+    """One step's loss: read the contexts piece by piece, write an adapter after each, and predict every objective's targets with it on.
 
-    An objective makes equally many targets of every document: each adapter serves its own group of rows.
+    An objective names, for every piece, the targets of the adapter that was written after it; equally many in every document.
     """
 
-    def __init__(self, generator: AdapterGenerator, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float]):
+    def __init__(self, generator: AdapterGenerator, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float], pieces: int = 1):
         super().__init__()
-        self.generator, self.weights = generator, weights
+        self.generator, self.weights, self.pieces = generator, weights, pieces
         self._frozen = (lm, tokenizer)  # a tuple, so that the LM is no submodule: neither trained, saved nor synchronised
 
     def forward(self, documents: list[Document], rng: random.Random) -> dict[str, Tensor]:
         """The mean loss (nats a token) of each objective, and their weighted sum as "loss"."""
         lm, tokenizer = self._frozen
-        contexts = padded([tokenizer(document.text).input_ids for document in documents], tokenizer.pad_token_id)
-        adapter = self.generator.write(self.generator.read(lm, *(t.to(lm.device) for t in contexts)))
-        targets, kinds = [], []
-        for document in documents:
-            for kind in self.weights:
-                made = OBJECTIVES[kind](document, tokenizer, rng)
-                targets += made
-                kinds += [kind] * len(made)
-        with adapter.applied_to(lm):
-            losses, rows = target_losses(lm, tokenizer.pad_token_id, targets)
-        of_kind = {kind: losses[torch.tensor([k == kind for k in kinds], device=rows.device)[rows]] for kind in self.weights}
-        means = {kind: chosen.sum() / max(1, len(chosen)) for kind, chosen in of_kind.items()}
+        pieces = [cut(tokenizer(document.text).input_ids, self.pieces) for document in documents]
+        adapter = self.generator.write(self.prefix_states(pieces))
+        means = {}
+        for kind in self.weights:
+            made = [OBJECTIVES[kind](*each, tokenizer, rng) for each in zip(documents, pieces, strict=True)]
+            used = [t for t in range(self.pieces) if made[0][t]]
+            rows = slice(used[0] * len(documents), (used[-1] + 1) * len(documents))
+            with adapter[rows].applied_to(lm):
+                losses, _ = target_losses(lm, tokenizer.pad_token_id, [target for t in used for targets in made for target in targets[t]])
+            means[kind] = losses.mean()
         return means | {"loss": sum(weight * means[kind] for kind, weight in self.weights.items())}
+
+    def prefix_states(self, pieces: list[list[list[int]]]) -> ContextState:
+        """What is known after each piece, one row per piece and document, pieces first.   S_t = S_{t-1} + A2 H_t^T H_t B1 (eq. 3)"""
+        lm, tokenizer = self._frozen
+        inputs = (padded([row[t] for row in pieces], tokenizer.pad_token_id) for t in range(self.pieces))
+        states = list(accumulate(self.generator.read(lm, ids.to(lm.device), mask.to(lm.device)) for ids, mask in inputs))
+        return ContextState(torch.cat([state.S for state in states], dim=1), torch.cat([state.tokens for state in states]))
+
+
+def cut(tokens: list[int], pieces: int) -> list[list[int]]:
+    """Tokens in so many pieces of equal length, but for one token."""
+    ends = [len(tokens) * n // pieces for n in range(pieces + 1)]
+    return [tokens[start:end] for start, end in pairwise(ends)]
 
 
 # -------------------------------------------------------------------------------------------------- recipes
@@ -108,12 +144,13 @@ class Recipe:
     """Everything that decides a training run but the LM and the time it gets.
 
     mixture: share of each source in a step's contexts.  sentences / facts: sizes of an excerpt / a world document.
-    objectives: name -> weight.  steady: share of the run at full learning rate; it then falls linearly to a twentieth.
+    objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  steady: share of the run at full learning rate; it then falls linearly to a twentieth.
     """
 
     config: GeneratorConfig
     mixture: dict[str, float]
     objectives: dict[str, float]
+    pieces: int = 1
     contexts: int = 8
     sentences: tuple[int, int] = (1, 8)
     facts: tuple[int, int] = (1, 8)
@@ -128,9 +165,11 @@ class Recipe:
 
 
 LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
+TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0)
 RECIPES = {
-    "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.3, "closed world": 0.1}, {"answers": 1.0, "reconstruction": 0.2}),
+    "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.2, "closed world": 0.2}, {"answers": 1.0, "reconstruction": 0.2}),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
+    "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, contexts=32),
 }
 
 
@@ -152,9 +191,17 @@ class Source:
         if kind == "prose":
             document = varied_prose(rng.choice(self.prose), rng)
             return document if whole else excerpt(document, rng, self.recipe.sentences)
+        if kind == "toy world":
+            return toy_document(rng, self.recipe.facts)
         if kind == "text":
             return Document(rng.choice(self.text), ())
         return world_document(rng, self.recipe.facts, "closed" if kind == "closed world" else "open")
+
+    def held_out(self) -> list[Document]:
+        """Documents to validate on, which no step draws: of the toy world for the toy, else natural prose."""
+        if "toy world" in self.recipe.mixture:
+            return [toy_document(random.Random(f"held out {n}"), (4, 4)) for n in range(50)]
+        return read_documents(DATA / "documents" / "dev.jsonl")
 
     def batch(self, step: int, process: int = 0) -> tuple[list[Document], random.Random]:
         """A step's documents: of a pool for POOL steps the ones of like length, so that little is padding."""
@@ -193,7 +240,7 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
     E = E - E.mean(0)
     sums: list[dict[str, Tensor]] = [{} for _ in layers]
 
-    def accumulate(layer: int, **pairs: tuple[Tensor, Tensor]) -> None:
+    def add_products(layer: int, **pairs: tuple[Tensor, Tensor]) -> None:
         for name, (left, right) in pairs.items():
             sums[layer][name] = sums[layer].get(name, 0) + left.T @ right
 
@@ -222,7 +269,7 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
             h = rms_norm(H[layer], torch.ones(layers[layer].h, device=lm.device))
             centre = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
             x = X[layer][asked, position].float()
-            accumulate(layer, hh=(h[real], h[real]), eh=(embedded, h[real]), xx=(x, x), hx=(h[told, n] - centre[told], x))
+            add_products(layer, hh=(h[real], h[real]), eh=(embedded, h[real]), xx=(x, x), hx=(h[told, n] - centre[told], x))
             sums[layer]["tokens"] = sums[layer].get("tokens", 0) + int(real.sum())
             sums[layer]["pairs"] = sums[layer].get("pairs", 0) + len(pairs)
 
@@ -273,7 +320,7 @@ class Progress:
 
 @torch.no_grad()
 def transfer(generator: AdapterGenerator, lm, tokenizer, documents: list[Document]) -> dict[str, float]:
-    """The loss (nats a token) of answers about held-out natural prose, with its own adapter and with another document's."""
+    """The loss (nats a token) of answers about held-out documents, with its own adapter and with another document's."""
     ids, mask = padded([tokenizer(document.text).input_ids for document in documents], tokenizer.pad_token_id)
     adapter = generator.write(generator.read(lm, ids.to(lm.device), mask.to(lm.device)))
     rows = [row for row, document in enumerate(documents) for _ in document.questions]
@@ -309,7 +356,7 @@ def train(
     lm, tokenizer = load_lm(lm_name, dtype=torch.bfloat16)
     lm.to(accelerator.device)
     source = Source(recipe, files or [])
-    held_out = read_documents(DATA / "documents" / "dev.jsonl")
+    held_out = source.held_out()
     try:
         generator = AdapterGenerator.for_lm(lm, recipe.config)
     except ValueError as error:
@@ -320,7 +367,7 @@ def train(
     elif not resume:
         rng = random.Random(f"{recipe.seed} start")
         start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)])
-    objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives)
+    objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives, recipe.pieces)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     if resume:
@@ -395,7 +442,66 @@ def write_log(path: Path, history: list[dict]) -> None:
             averaged = {k: round(sum(s[k] for s in since) / len(since), 4) for k in step if k == "loss" or k in OBJECTIVES}
             rows.append(step | averaged)
             since = []
+    write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+# ----------------------------------------------------------------------------------------------- the toy LM
+
+
+TOY_LM = GPT2Config(n_layer=4, n_embd=144, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+LONGEST = ((0.0, 2), (0.12, 4), (0.3, 8), (0.85, 16))  # from this share of the run on, a document has up to so many facts
+
+
+def toy_row(rng: random.Random, longest: int, asked: int = 4) -> str:
+    """What the toy LM learns from: a document and some of its questions with answers; in a tenth of the rows one question alone, to guess."""
+    document = toy_document(rng, (1, longest))
+    alone = rng.random() < 0.1
+    questions = rng.sample(document.questions, 1 if alone else min(asked, len(document.questions)))
+    told = "" if alone else f"{document.text}\n\n"
+    return told + "".join(f"{question_prompt(q.text)} {q.answers[0]}\n" for q in questions)
+
+
+def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: float = 3e-3) -> dict[str, float]:
+    """Train the toy GPT-2 from scratch until it reads, and leave it in the folder `out` with its tokenizer and a log.
+
+    Loss: next-token cross-entropy (nats), an answer counting ten times. Short documents come first: in them the LM soon finds out
+    that answers can be looked up (induction), which it then keeps doing in longer ones.
+    """
+    tokenizer = word_tokenizer([*re.findall(r"\w+", question_prompt("")), *toy_vocabulary()], TOY_LM.n_positions)
+    accelerator = Accelerator()
+    set_seed(0)
+    lm = GPT2LMHeadModel(GPT2Config(**TOY_LM.to_dict() | {"vocab_size": len(tokenizer)}))
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    lm, optimizer = accelerator.prepare(lm, optimizer)
+    rng, answer, history = random.Random(0), tokenizer.convert_tokens_to_ids("Answer"), []
+    for step in (bar := tqdm(range(steps), desc="toy-lm", unit="step")):
+        longest = max(facts for share, facts in LONGEST if step >= share * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 50, 2.05 - 2 * step / steps)
+        ids, mask = padded(tokenizer([toy_row(rng, longest) for _ in range(rows)]).input_ids, tokenizer.pad_token_id)
+        ids, mask = ids.to(accelerator.device), mask.to(accelerator.device)
+        logits = lm(ids[:, :-1]).logits
+        answers = nn.functional.pad(ids[:, :-2] == answer, (1, 0))  # the word after "Answer" and ":"
+        weight = mask[:, 1:] * torch.where(answers, 1.0, 0.1)
+        loss = (cross_entropy(logits.mT, ids[:, 1:], reduction="none") * weight).sum() / weight.sum()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        exact = (logits.argmax(-1) == ids[:, 1:])[answers].float().mean()
+        history.append({"step": step + 1, "facts": longest, "loss": loss.item(), "exact": 100 * exact.item()})
+        bar.set_postfix(facts=longest, loss=f"{loss.item():.2f}", exact=f"{100 * exact.item():.0f} %")
+    spans = [history[n : n + 25] for n in range(0, steps, 25)]
+    recent = [span[-1] | {k: round(statistics.fmean(row[k] for row in span), 4) for k in ("loss", "exact")} for span in spans]
+    with whole_folder(out) as scratch:
+        accelerator.unwrap_model(lm).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        write_csv(scratch / "lm_log.csv", recent)
+    return recent[-1]

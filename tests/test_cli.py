@@ -43,6 +43,9 @@ def here(tmp_path, lm_folder, tiny_lm, generator_for, monkeypatch):
     shutil.copytree("generator", "truncated")
     Path("truncated", WEIGHTS).write_bytes(Path("generator", WEIGHTS).read_bytes()[:999])
     Path("folder").mkdir()
+    Path("official").mkdir()
+    method = {"peft_type": "FASTLORA", "fastlora_arch": "aassbb", "fastlora_merge": "pre-norm-sum", "fastlora_gist_len": 0, "lora_r": 0}
+    Path("official", "adapter_config.json").write_text(json.dumps(method | {"base_model_name_or_path": "../base"}))
     Path("text.txt").write_text(TEXT)
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes("café".encode("latin-1"))
@@ -109,6 +112,11 @@ BAD = [
     (f"evaluate poems {EVALUATE} --data dev.jsonl", "'poems'.*documents"),
     ("export --lm lm --generator generator --out out --context latin.txt", "latin.txt: not UTF-8"),
     ("export --lm lm --generator foreign --out out --context text.txt", "foreign: made for another"),
+    ("train toy-lm --out out --minutes 1", "toy-lm.*--steps"),
+    ("import-official folder --out out", "folder: adapter_config.json is missing"),
+    ("import-official nowhere --out out", "nowhere: adapter_config.json is missing"),
+    ("import-official official --out out --lm lm", "made for ../base, but --lm lm was given"),
+    ("import-official official --out out", "LM '../base' asked"),
     ("bench --lm lm --generator foreign --json out/r.json", "foreign: made for another"),
     ("", r"required: ask \| train \| evaluate"),
     ("dance", "dance"),
@@ -179,7 +187,7 @@ def test_ask_gives_three_answers_a_question(minigen):
     bare = [question_prompt(question) for question in questions]
     with Reader(lm, tokenizer, load_generator("generator")).adapter(TEXT).applied_to(lm):
         adapted = answer(lm, tokenizer, bare)
-    prompted = answer(lm, tokenizer, [WORDINGS["led chat"](tokenizer, TEXT, question) for question in questions])
+    prompted = answer(lm, tokenizer, [WORDINGS["plain"](tokenizer, TEXT, question) for question in questions])
     assert found["answers"] == {"closed-book": answer(lm, tokenizer, bare), "prompting": prompted, "adapter": adapted}
     assert len(set(map(tuple, found["answers"].values()))) == 3
     assert all(name in shown for name in METHODS)

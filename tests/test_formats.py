@@ -15,7 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from minigen import formats
-from minigen.formats import CARD, WEIGHTS, BadGenerator, load_generator, save_generator, save_peft, whole_file, whole_folder
+from minigen.formats import (
+    CARD,
+    OFFICIAL_NAMES,
+    WEIGHTS,
+    BadGenerator,
+    import_official,
+    load_generator,
+    save_generator,
+    save_peft,
+    whole_file,
+    whole_folder,
+)
 from minigen.generator import AdapterGenerator, weight_matrix
 from minigen.models import fingerprint
 
@@ -99,14 +110,14 @@ def drop_last_layer(tensors):
         (truncate, f"{WEIGHTS}: truncated or not safetensors"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: truncated or not safetensors"),
         (lambda folder: (folder / WEIGHTS).write_text("no tensors here"), f"{WEIGHTS}: truncated or not safetensors"),
-        (lambda folder: save_file({"lm_head.weight": torch.zeros(2)}, folder / WEIGHTS), f"{WEIGHTS}: .* the card asks for"),
-        (change_weights(lambda t: t.update({"by_layer.1.A2": torch.zeros(32, 16)})), r"by_layer.1.A2 is \(32, 16\), the card asks for \(16, 32\)"),
-        (change_weights(drop_last_layer), r"by_layer.2.A1 is missing, the card asks for \(32, 16\)"),
+        (lambda folder: save_file({"lm_head.weight": torch.zeros(2)}, folder / WEIGHTS), f"{WEIGHTS}: .* the settings ask for"),
+        (change_weights(lambda t: t.update({"by_layer.1.A2": torch.zeros(32, 16)})), r"by_layer.1.A2 is \(32, 16\), the settings ask for \(16, 32\)"),
+        (change_weights(drop_last_layer), r"by_layer.2.A1 is missing, the settings ask for \(32, 16\)"),
         (
             change_weights(lambda t: t.update({"by_layer.3.A1": torch.zeros(32, 16)})),
-            r"by_layer.3.A1 is \(32, 16\), the card asks for no such tensor",
+            r"by_layer.3.A1 is \(32, 16\), the settings ask for no such tensor",
         ),
-        (change_card(lambda card: card["layers"].pop()), r"by_layer.2.A1 is \(32, 16\), the card asks for no such tensor"),
+        (change_card(lambda card: card["layers"].pop()), r"by_layer.2.A1 is \(32, 16\), the settings ask for no such tensor"),
         (change_weights(lambda t: t["by_layer.1.B2"].__setitem__((3, 5), torch.nan)), "by_layer.1.B2 holds NaN or infinite"),
         (change_weights(lambda t: t["by_layer.0.norm"].__setitem__(0, torch.inf)), "by_layer.0.norm holds NaN or infinite"),
     ],
@@ -260,3 +271,112 @@ def test_a_lora_folder_never_replaces_other_peoples_files(llama, adapter, tmp_pa
     with pytest.raises(OSError):
         save_peft(adapter(llama), tmp_path / "mine", llama)
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+# ------------------------------------------------------------------------------------- the authors' checkpoints
+
+TARGETS = ("self_attn.o_proj", "mlp.down_proj")
+SETTINGS = {
+    "peft_type": "FASTLORA",
+    "base_model_name_or_path": "somewhere/base",
+    "fastlora_arch": "aassbb",
+    "fastlora_merge": "pre-norm-sum",
+    "fastlora_gist_len": 0,
+    "lora_r": 0,
+    "fastlora_param": list(TARGETS),
+    "fastlora_r": 12,
+    "fastlora_inter_size": 16,
+    "fastlora_max_rank": 5,
+    "fastlora_alpha": 6,
+    "fastlora_norm": "svd",
+    "fastlora_window": 8,
+}
+WITHOUT_RANK = {name: value for name, value in SETTINGS.items() if name != "fastlora_max_rank"}
+ONE = "base_model.model.model.layers.1.base_layer.mlp.down_proj.fastlora_A3.weight"
+
+
+@pytest.fixture
+def mistral(tiny_lm):
+    return tiny_lm("mistral")
+
+
+@pytest.fixture
+def reference(mistral, generator_for):
+    """A generator of two targets with sides of different sizes, read in chunks of 8 tokens one after the other."""
+    return generator_for(mistral, targets=TARGETS, p=12, q=16, rank=5, alpha=6.0, encode="sequential", chunk=8)
+
+
+@pytest.fixture
+def official(reference, tmp_path):
+    """The same generator as the authors' code would have saved it."""
+    folder, theirs = tmp_path / "official", {ours: theirs for theirs, ours in OFFICIAL_NAMES.items()}
+    folder.mkdir()
+    tensors = {}
+    for layer, parameters in zip(reference.layers, reference.by_layer, strict=True):
+        at = f"base_model.model.{layer.block}.base_layer.{layer.name.removeprefix(layer.block + '.')}"
+        for name, value in parameters.named_parameters():
+            tensors[f"{at}.fastlora_{theirs[name]}.weight"] = (value.T if name == "B1" else value).detach().contiguous()
+    assert ONE in tensors
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(SETTINGS))
+    return folder
+
+
+def test_an_official_checkpoint_is_the_generator_that_it_was(official, reference, mistral, tokens):
+    imported = import_official(official, mistral)
+    assert (imported.config, imported.layers) == (reference.config, reference.layers)
+    assert all(torch.equal(value, imported.state_dict()[name]) for name, value in reference.state_dict().items())
+    ids = tokens(2, 21)
+    ours, theirs = (generator.write(generator.read(mistral, ids)) for generator in (imported, reference))
+    for layer in reference.layers:
+        assert_close(ours.delta(layer.name), theirs.delta(layer.name))
+
+
+def settings(**changes):
+    return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(SETTINGS | changes))
+
+
+def stored(change):
+    def damage(folder):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return damage
+
+
+REFUSED = {
+    "no settings": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+    "settings are no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "not a checkpoint of the authors"),
+    "a LoRA": (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "not a checkpoint of the authors.*fastlora_arch"),
+    "another method": (settings(fastlora_merge="mean"), "fastlora_merge is 'mean', 'pre-norm-sum' is needed"),
+    "an unknown norm": (settings(fastlora_norm="cubic"), "settings that cannot be used.*cubic.*only"),
+    "no rank": (lambda folder: (folder / "adapter_config.json").write_text(json.dumps(WITHOUT_RANK)), "cannot be used .'fastlora_max_rank'"),
+    "a rank above the state": (settings(fastlora_max_rank=13), "rank=13 asked of a 12 x 16 state"),
+    "an unknown layer": (settings(fastlora_param=["mlp.magic"]), "mlp.magic.*has none"),
+    "sides swapped": (settings(fastlora_r=16, fastlora_inter_size=12), r"by_layer.0.A1 is \(32, 12\), the settings ask for \(32, 16\)"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "truncated weights": (lambda folder: os.truncate(folder / "adapter_model.safetensors", 500), "truncated or not safetensors"),
+    "a pickle": (lambda folder: (folder / "adapter_model.bin").write_bytes(b""), "adapter_model.bin is a pickle.*only safetensors"),
+    "a parameter missing": (stored(lambda tensors: tensors.pop(ONE)), r"by_layer.3.A2 is missing"),
+    "a target too many": (settings(fastlora_param=["mlp.down_proj"]), "self_attn.o_proj.*has no place for"),
+    "a target too few": (settings(fastlora_param=[*TARGETS, "q_proj"]), "by_layer.0.A1 is missing"),
+    "a layer too many": (stored(lambda tensors: tensors.update({ONE.replace("layers.1", "layers.9"): torch.ones(12, 32)})), "layers.9.*has no place for"),
+    "an unknown parameter": (stored(lambda tensors: tensors.update({ONE.replace("A3", "A7"): torch.ones(2)})), "fastlora_A7.*has no place for"),
+    "NaN": (stored(lambda tensors: tensors[ONE].fill_(torch.nan)), "by_layer.3.A2 holds NaN"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_damaged_checkpoint_is_refused(damage, message, official, mistral):
+    damage(official)
+    with pytest.raises(BadGenerator, match=message) as refusal:
+        import_official(official, mistral)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_for_an_lm_with_more_blocks_or_other_widths_is_refused(official, mistral):
+    for change in ({"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"hidden_size": 64, "head_dim": 8}):
+        another = type(mistral)(type(mistral.config)(**mistral.config.to_dict() | change))
+        with pytest.raises(BadGenerator):
+            import_official(official, another)

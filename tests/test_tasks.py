@@ -94,6 +94,29 @@ def test_closed_documents_share_answers_and_open_ones_do_not():
     assert shared("closed") > 20 * shared("open")
 
 
+# ------------------------------------------------------------------------------------------------ the toy world
+
+
+def test_toy_documents_tell_one_fact_a_question():
+    for seed in range(200):
+        document = tasks.toy_document(random.Random(seed), (1, 16))
+        assert len(sentences(document.text)) == len(document.questions) == len({question.text for question in document.questions})
+        assert all(re.search(rf"\b{question.answers[0]}\b", document.text) for question in document.questions)
+
+
+def test_no_toy_value_belongs_to_two_relations_or_is_a_name():
+    values = [value for relation in tasks.toy_world()["relations"] for value in relation["values"]]
+    assert len(set(values) | set(tasks.toy_world()["names"])) == len(values) + len(tasks.toy_world()["names"])
+
+
+def test_the_toy_vocabulary_is_all_that_documents_say():
+    said = set()
+    for seed in range(400):
+        document = tasks.toy_document(random.Random(seed), (16, 16))
+        said |= set(re.findall(r"\w+", " ".join([document.text, *(question.text for question in document.questions)])))
+    assert said == set(tasks.toy_vocabulary())
+
+
 # ------------------------------------------------------------------------------------------------ our own prose
 
 

@@ -3,12 +3,14 @@
 import csv
 import json
 import random
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from transformers import GPT2Config
 
 from minigen import training
 from minigen.formats import load_generator
@@ -21,12 +23,16 @@ from minigen.training import (
     Source,
     Target,
     answers,
+    completion,
+    cut,
     question_prompt,
     rate,
     reconstruction,
     start_by_regression,
     target_losses,
+    toy_row,
     train,
+    train_toy_lm,
 )
 
 TINY = GeneratorConfig(targets=("mlp.down_proj",), blocks=None, p=16, q=16, rank=8, alpha=16.0)
@@ -57,7 +63,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_an_answer_is_trained_on_alone(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
     document = Document("Ann is a vet.", (Question("Who is a vet?", ("Ann", "Ann is")),))
-    (target,) = answers(document, tokenizer, random.Random(0), count=1)
+    ((target,),) = answers(document, [[1]], tokenizer, random.Random(0), count=1)
     assert tokenizer.decode(target.tokens[: target.start]) == question_prompt("Who is a vet?")
     assert tokenizer.decode(target.tokens[target.start :]) == " Ann\n"
 
@@ -65,15 +71,56 @@ def test_an_answer_is_trained_on_alone(lm_and_tokenizer):
 def test_a_document_with_few_questions_is_asked_to_complete_its_sentences(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
     document = Document("The vet is Ann.", (Question("Who is a vet?", ("Ann",)),))
-    asked = [tokenizer.decode(target.tokens) for target in answers(document, tokenizer, random.Random(0), count=3)]
+    asked = [tokenizer.decode(target.tokens) for target in answers(document, [[1]], tokenizer, random.Random(0), count=3)[0]]
     assert asked == [f"{question_prompt(q)} Ann\n" for q in ("Who is a vet?", "The vet is", "The vet is")]
 
 
-def test_reconstruction_is_a_span_of_the_text(lm_and_tokenizer):
+def test_answers_wait_until_all_is_read(lm_and_tokenizer):
+    _, tokenizer = lm_and_tokenizer
+    made = answers(world_document(random.Random(0)), [[1], [2], [3]], tokenizer, random.Random(0), count=2)
+    assert [len(targets) for targets in made] == [0, 0, 2]
+
+
+def test_reconstruction_is_a_span_of_what_was_read_so_far(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
     document = world_document(random.Random(0))
-    spans = [tokenizer.decode(reconstruction(document, tokenizer, random.Random(seed), length=9)[0].tokens) for seed in range(20)]
-    assert all(span in document.text for span in spans) and len(set(spans)) > 5
+    pieces = cut(tokenizer(document.text).input_ids, 3)
+    spans = [set(), set(), set()]
+    for seed in range(40):
+        for n, (target,) in enumerate(reconstruction(document, pieces, tokenizer, random.Random(seed), length=9)):
+            assert tokenizer.decode(target.tokens) in tokenizer.decode([token for piece in pieces[: n + 1] for token in piece])
+            spans[n].add(tuple(target.tokens))
+    assert len(spans[0]) < len(spans[2])
+
+
+def test_completion_is_the_piece_that_comes_next(lm_and_tokenizer):
+    _, tokenizer = lm_and_tokenizer
+    pieces = [[5, 6], [7, 8, 9], [10, 11]]
+    assert completion(None, pieces, tokenizer, random.Random(0)) == [[Target([7, 8, 9], 1)], [Target([10, 11], 1)], []]
+
+
+@pytest.mark.parametrize("length, pieces", [(7, 1), (7, 3), (8, 4), (2, 2)])
+def test_a_text_is_cut_into_equal_pieces(length, pieces):
+    parts = cut(list(range(length)), pieces)
+    assert [token for part in parts for token in part] == list(range(length)) and len(parts) == pieces
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_every_piece_is_answered_by_the_adapter_of_what_was_read_so_far(lm_and_tokenizer, generator_for):
+    lm, tokenizer = lm_and_tokenizer
+    generator = generator_for(lm, targets=("mlp.down_proj",))
+    documents = [world_document(random.Random(seed), (3, 3)) for seed in range(2)]
+    losses = training.Objective(generator, lm, tokenizer, {"completion": 1.0}, pieces=3)(documents, random.Random(0))
+    by_hand = []
+    for document in documents:
+        pieces = [torch.tensor([piece]) for piece in cut(tokenizer(document.text).input_ids, 3)]
+        state = generator.read(lm, pieces[0])
+        for n in (1, 2):
+            with generator.write(state).applied_to(lm):
+                logits = lm(pieces[n]).logits
+            by_hand.append(cross_entropy(logits[0, :-1], pieces[n][0, 1:], reduction="none"))
+            state = state + generator.read(lm, pieces[n])
+    assert_close(losses["completion"], torch.cat(by_hand).mean(), atol=1e-5, rtol=1e-5)
 
 
 def test_target_losses_are_the_cross_entropy_of_all_logits(any_lm):
@@ -109,7 +156,7 @@ def test_a_batch_without_questions_has_a_finite_loss(lm_and_tokenizer, generator
 # ---------------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("mixture", [{"prose": 0.6, "world": 0.4}, {"closed world": 1.0}, {"text": 1.0}])
+@pytest.mark.parametrize("mixture", [{"prose": 0.6, "world": 0.4}, {"closed world": 1.0}, {"toy world": 1.0}, {"text": 1.0}])
 def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
     recipe, files = Recipe(TINY, mixture, {"answers": 1.0}), [str(DATA / "documents" / "lighthouse.txt")]
     one, other = Source(recipe, files), Source(recipe, files)
@@ -207,3 +254,28 @@ def test_the_seed_decides_the_run(lm_folder, tmp_path, monkeypatch):
     one, again, other = (weights(tmp_path / name) for name in ("one", "again", "other"))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------ the toy LM
+
+
+def test_a_toy_row_is_a_document_with_answers_or_a_lonely_question():
+    rows = [toy_row(random.Random(seed), longest=3) for seed in range(200)]
+    alone = [row for row in rows if row.startswith("Question:")]
+    assert 8 <= len(alone) <= 35 and all(row.count("Answer:") == 1 for row in alone)
+    for row in set(rows) - set(alone):
+        text, asked = row.split("\n\n")
+        for question, answer in re.findall(r"Question: (.*)\nAnswer: (\w+)\n", asked):
+            assert question.endswith("?") and re.search(rf"\b{answer}\b", text)
+
+
+def test_the_toy_lm_learns_and_leaves_a_folder_that_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "TOY_LM", GPT2Config(**training.TOY_LM.to_dict() | {"n_layer": 1, "n_embd": 16, "n_head": 2}))
+    for name in ("one", "again"):
+        train_toy_lm(tmp_path / name, steps=75, rows=4)
+    with (tmp_path / "one" / "lm_log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    assert [row["step"] for row in log] == ["25", "50", "75"] and float(log[-1]["loss"]) < 0.95 * float(log[0]["loss"])
+    (lm, tokenizer), (again, _) = (load_lm(str(tmp_path / name)) for name in ("one", "again"))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in lm.state_dict().items())
+    assert lm.config.vocab_size == len(tokenizer) and tokenizer.decode(tokenizer("Ada lives in Rome.").input_ids) == "Ada lives in Rome."
