@@ -6,14 +6,14 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -97,30 +97,30 @@ def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple
 
 
 class Objective(nn.Module):
-    """One step's loss: read the contexts piece by piece, write an adapter after each, and predict every objective's targets with it on.
+    """What a step is judged by: read the contexts piece by piece, write an adapter after each, predict every objective's targets with it on.
 
     An objective names, for every piece, the targets of the adapter that was written after it; equally many in every document.
     """
 
-    def __init__(self, generator: AdapterGenerator, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, float], pieces: int = 1):
+    def __init__(self, generator: AdapterGenerator, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, objectives: Iterable[str], pieces: int = 1):
         super().__init__()
-        self.generator, self.weights, self.pieces = generator, weights, pieces
+        self.generator, self.objectives, self.pieces = generator, tuple(objectives), pieces
         self._frozen = (lm, tokenizer)  # a tuple, so that the LM is no submodule: neither trained, saved nor synchronised
 
-    def forward(self, documents: list[Document], rng: random.Random) -> dict[str, Tensor]:
-        """The mean loss (nats a token) of each objective, and their weighted sum as "loss"."""
+    def forward(self, documents: list[Document], rngs: list[random.Random]) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each objective the summed loss (nats) and the number of tokens that it was summed over."""
         lm, tokenizer = self._frozen
         pieces = [cut(tokenizer(document.text).input_ids, self.pieces) for document in documents]
         adapter = self.generator.write(self.prefix_states(pieces))
-        means = {}
-        for kind in self.weights:
-            made = [OBJECTIVES[kind](*each, tokenizer, rng) for each in zip(documents, pieces, strict=True)]
+        sums = {}
+        for kind in self.objectives:
+            made = [OBJECTIVES[kind](document, read, tokenizer, rng) for document, read, rng in zip(documents, pieces, rngs, strict=True)]
             used = [t for t in range(self.pieces) if made[0][t]]
             rows = slice(used[0] * len(documents), (used[-1] + 1) * len(documents))
             with adapter[rows].applied_to(lm):
                 losses, _ = target_losses(lm, tokenizer.pad_token_id, [target for t in used for targets in made for target in targets[t]])
-            means[kind] = losses.mean()
-        return means | {"loss": sum(weight * means[kind] for kind, weight in self.weights.items())}
+            sums[kind] = (losses.sum(), torch.tensor(len(losses), device=losses.device))
+        return sums
 
     def prefix_states(self, pieces: list[list[list[int]]]) -> ContextState:
         """What is known after each piece, one row per piece and document, pieces first.   S_t = S_{t-1} + A2 H_t^T H_t B1 (eq. 3)"""
@@ -128,6 +128,16 @@ class Objective(nn.Module):
         inputs = (padded([row[t] for row in pieces], tokenizer.pad_token_id) for t in range(self.pieces))
         states = list(accumulate(self.generator.read(lm, ids.to(lm.device), mask.to(lm.device)) for ids, mask in inputs))
         return ContextState(torch.cat([state.S for state in states], dim=1), torch.cat([state.tokens for state in states]))
+
+
+def mean_losses(sums: dict[str, tuple[Tensor, Tensor]], weights: dict[str, float], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The mean loss (nats a token) of each objective over all processes, and their weighted sum as "loss".
+
+    A process holds its own part of the sums. Scaled by the number of processes, over which gradients are averaged, they give the
+    gradient of the whole batch, however it was shared out.
+    """
+    means = {kind: total * accelerator.num_processes / accelerator.reduce(tokens) for kind, (total, tokens) in sums.items()}
+    return means | {"loss": sum(weight * means[kind] for kind, weight in weights.items())}
 
 
 def cut(tokens: list[int], pieces: int) -> list[list[int]]:
@@ -144,13 +154,14 @@ class Recipe:
     """Everything that decides a training run but the LM and the time it gets.
 
     mixture: share of each source in a step's contexts.  sentences / facts: sizes of an excerpt / a world document.
-    objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  steady: share of the run at full learning rate; it then falls linearly to a twentieth.
+    objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  precision: the frozen LM's.  steady: share of the run at full learning rate; it then falls linearly to a twentieth.
     """
 
     config: GeneratorConfig
     mixture: dict[str, float]
     objectives: dict[str, float]
     pieces: int = 1
+    precision: str = "bfloat16"
     contexts: int = 8
     sentences: tuple[int, int] = (1, 8)
     facts: tuple[int, int] = (1, 8)
@@ -169,7 +180,7 @@ TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0)
 RECIPES = {
     "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.2, "closed world": 0.2}, {"answers": 1.0, "reconstruction": 0.2}),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
-    "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, contexts=32),
+    "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32),
 }
 
 
@@ -203,14 +214,15 @@ class Source:
             return [toy_document(random.Random(f"held out {n}"), (4, 4)) for n in range(50)]
         return read_documents(DATA / "documents" / "dev.jsonl")
 
-    def batch(self, step: int, process: int = 0) -> tuple[list[Document], random.Random]:
-        """A step's documents: of a pool for POOL steps the ones of like length, so that little is padding."""
+    def batch(self, step: int) -> tuple[list[Document], list[random.Random]]:
+        """A step's documents, each with its own random numbers: of a pool for POOL steps the ones of like length, so that little is padding."""
         pool, place = divmod(step, POOL)
-        rng = random.Random(f"{self.recipe.seed} {pool} {process}")
+        rng = random.Random(f"{self.recipe.seed} {pool}")
         documents = sorted((self.document(rng) for _ in range(POOL * self.recipe.contexts)), key=lambda d: len(d.text))
         order = rng.sample(range(POOL), POOL)
         first = order[place] * self.recipe.contexts
-        return documents[first : first + self.recipe.contexts], random.Random(f"{self.recipe.seed} {step} {process}")
+        chosen = range(first, first + self.recipe.contexts)
+        return [documents[n] for n in chosen], [random.Random(f"{self.recipe.seed} {pool} {n}") for n in chosen]
 
 
 # ------------------------------------------------------------------------------------------ a start by regression
@@ -346,6 +358,7 @@ def train(
 ) -> dict[str, float]:
     """Train a generator for `minutes` or `steps` and leave it in the folder `out`; returns the last validation.
 
+    Several processes (`accelerate launch`) share each step's documents among them, and go the same way as one.
     out/checkpoint holds the newest complete checkpoint (weights, optimiser, random state, progress); resume=True goes on from
     it: under `steps` the result is the one that an uninterrupted run would have had. begin: a generator's folder to train on
     from, in place of a start by regression.
@@ -353,7 +366,7 @@ def train(
     recipe, out = RECIPES[recipe_name], Path(out)
     accelerator = Accelerator()
     set_seed(recipe.seed)
-    lm, tokenizer = load_lm(lm_name, dtype=torch.bfloat16)
+    lm, tokenizer = load_lm(lm_name, getattr(torch, recipe.precision))
     lm.to(accelerator.device)
     source = Source(recipe, files or [])
     held_out = source.held_out()
@@ -390,15 +403,18 @@ def train(
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate(progress.step, done(), recipe)
-        losses = objective(*source.batch(progress.step, accelerator.process_index))
-        accelerator.backward(losses["loss"])
-        accelerator.clip_grad_norm_(generator.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        share = slice(accelerator.process_index, None, accelerator.num_processes)
+        with accelerator.accumulate(objective):
+            losses = mean_losses(objective(*(part[share] for part in source.batch(progress.step))), recipe.objectives, accelerator)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(generator.parameters(), recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad()
         progress.step += 1
-        progress.contexts += recipe.contexts * accelerator.num_processes
-        progress.seconds += time.perf_counter() - began
-        row = {k: round(v.item(), 4) for k, v in losses.items()} | {"lr": optimizer.param_groups[0]["lr"]}
+        progress.contexts += recipe.contexts
+        progress.seconds += broadcast(torch.tensor(time.perf_counter() - began, device=accelerator.device)).item()
+        row = {k: round(accelerator.reduce(v.detach(), "mean").item(), 6) for k, v in losses.items()} | {"lr": optimizer.param_groups[0]["lr"]}
         bar.set_postfix(step=progress.step, loss=row["loss"], lr=f"{row['lr']:.1e}")
         bar.update(min(100, 100 * done()) - bar.n)
         if progress.step % validate_every == 0 or done() >= 1:
@@ -421,6 +437,7 @@ def train(
             "contexts": progress.contexts,
             "minutes": round(progress.seconds / 60, 1),
             "device": str(accelerator.device),
+            "processes": accelerator.num_processes,
             "validation": {k: last[k] for k in ("dev own", "dev other")},
         }
         save_generator(out / "generator", generator, lm, lm_name, provenance)

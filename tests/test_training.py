@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -25,6 +29,7 @@ from minigen.training import (
     answers,
     completion,
     cut,
+    mean_losses,
     question_prompt,
     rate,
     reconstruction,
@@ -110,7 +115,7 @@ def test_every_piece_is_answered_by_the_adapter_of_what_was_read_so_far(lm_and_t
     lm, tokenizer = lm_and_tokenizer
     generator = generator_for(lm, targets=("mlp.down_proj",))
     documents = [world_document(random.Random(seed), (3, 3)) for seed in range(2)]
-    losses = training.Objective(generator, lm, tokenizer, {"completion": 1.0}, pieces=3)(documents, random.Random(0))
+    sums = training.Objective(generator, lm, tokenizer, ["completion"], pieces=3)(documents, [random.Random(0)] * 2)
     by_hand = []
     for document in documents:
         pieces = [torch.tensor([piece]) for piece in cut(tokenizer(document.text).input_ids, 3)]
@@ -120,7 +125,8 @@ def test_every_piece_is_answered_by_the_adapter_of_what_was_read_so_far(lm_and_t
                 logits = lm(pieces[n]).logits
             by_hand.append(cross_entropy(logits[0, :-1], pieces[n][0, 1:], reduction="none"))
             state = state + generator.read(lm, pieces[n])
-    assert_close(losses["completion"], torch.cat(by_hand).mean(), atol=1e-5, rtol=1e-5)
+    assert_close(sums["completion"][0], torch.cat(by_hand).sum(), atol=1e-4, rtol=1e-5)
+    assert sums["completion"][1] == len(torch.cat(by_hand))
 
 
 def test_target_losses_are_the_cross_entropy_of_all_logits(any_lm):
@@ -138,8 +144,11 @@ def test_target_losses_are_the_cross_entropy_of_all_logits(any_lm):
 def test_the_loss_is_the_weighted_sum_and_reaches_every_parameter(lm_and_tokenizer, generator_for):
     lm, tokenizer = lm_and_tokenizer
     generator = generator_for(lm, targets=("mlp.down_proj",)).requires_grad_()
-    objective = training.Objective(generator, lm, tokenizer, {"answers": 2.0, "reconstruction": 0.5})
-    losses = objective(*Source(RECIPE, []).batch(0))
+    weights = {"answers": 2.0, "reconstruction": 0.5}
+    objective = training.Objective(generator, lm, tokenizer, weights)
+    sums = objective(*Source(RECIPE, []).batch(0))
+    losses = mean_losses(sums, weights, Accelerator())
+    assert_close(losses["answers"], sums["answers"][0] / sums["answers"][1])
     assert_close(losses["loss"], 2 * losses["answers"] + 0.5 * losses["reconstruction"])
     losses["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in objective.parameters())
@@ -150,7 +159,8 @@ def test_a_batch_without_questions_has_a_finite_loss(lm_and_tokenizer, generator
     lm, tokenizer = lm_and_tokenizer
     objective = training.Objective(generator_for(lm), lm, tokenizer, RECIPE.objectives)
     text = Document(world_document(random.Random(0)).text, ())
-    assert objective([text, text], random.Random(0))["loss"].isfinite()
+    sums = objective([text, text], [random.Random(0), random.Random(1)])
+    assert all(total.isfinite() and tokens > 0 for total, tokens in sums.values())
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -162,12 +172,14 @@ def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
     one, other = Source(recipe, files), Source(recipe, files)
     one.batch(3)
     for step in (7, 2):
-        documents, rng = one.batch(step)
-        again, same_rng = other.batch(step)
-        assert documents == again and rng.random() == same_rng.random() and len(documents) == recipe.contexts
+        documents, rngs = one.batch(step)
+        again, same_rngs = other.batch(step)
+        assert documents == again and [rng.random() for rng in rngs] == [rng.random() for rng in same_rngs]
+        assert len(documents) == len(rngs) == recipe.contexts
+    numbers = {rng.random() for step in range(8) for rng in one.batch(step)[1]}
+    assert len(numbers) == 8 * recipe.contexts
     if "text" not in mixture:
-        batches = [tuple(one.batch(step, process)[0]) for step in range(8) for process in range(2)]
-        assert len(set(batches)) == 16
+        assert len({tuple(one.batch(step)[0]) for step in range(8)}) == 8
 
 
 def test_raw_text_has_to_be_named():
@@ -229,10 +241,10 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(lm_folder, tmp_path, monkey
     train("tiny", whole, str(lm_folder), steps=12)
     batch = Source.batch
 
-    def interrupted(self, step, process=0):
+    def interrupted(self, step):
         if step == 7:
             raise KeyboardInterrupt
-        return batch(self, step, process)
+        return batch(self, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Source, "batch", interrupted)
@@ -245,6 +257,34 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(lm_folder, tmp_path, monkey
     histories = [json.loads((folder / "checkpoint" / "progress.json").read_text())["history"] for folder in (broken, whole)]
     assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
     assert {path.name for path in broken.iterdir()} == {"checkpoint", "generator", "log.csv"}
+
+
+LAUNCHED = """
+import sys
+from minigen import training
+from minigen.generator import GeneratorConfig
+training.RECIPES["tiny"] = training.Recipe(**eval(sys.argv[3]))
+training.train("tiny", sys.argv[1], sys.argv[2], steps=6, validate_every=3)
+"""
+
+
+def test_two_processes_go_the_way_of_one(lm_folder, tmp_path):
+    script, histories = tmp_path / "launched.py", []
+    script.write_text(LAUNCHED)
+    recipe = repr(vars(RECIPE) | {"contexts": 5, "precision": "float32"})
+    for count in (1, 2):
+        out = tmp_path / f"run{count}"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", str(script), str(out), str(lm_folder), recipe]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        histories.append(json.loads((out / "checkpoint" / "progress.json").read_text())["history"])
+        card = json.loads((out / "generator" / "generator.json").read_text())
+        assert len(histories[-1]) == 6 and card["provenance"]["processes"] == count
+    for one, two in zip(*histories, strict=True):
+        assert one["contexts"] == two["contexts"]
+        assert [one[k] for k in ("answers", "reconstruction", "loss")] == pytest.approx([two[k] for k in ("answers", "reconstruction", "loss")], abs=1e-5)
+    assert all(histories[1][n][k] == pytest.approx(histories[0][n][k], abs=1e-4) for n in (2, 5) for k in ("dev own", "dev other"))
 
 
 def test_the_seed_decides_the_run(lm_folder, tmp_path, monkeypatch):
