@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 DATA = Path(__file__).parent.parent / "data"
@@ -114,8 +115,13 @@ def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: 
         for relation in rng.sample(own, min(rng.randint(1, 4), count - len(told))):
             told.append((subject, relation, VALUES[values](relation["value"], rng)))
     rng.shuffle(told)
-    text = " ".join(_capital(rng.choice(r["says"]).format(s=s, v=v)) for s, r, v in told)
-    return Document(text, tuple(Question(rng.choice(r["asks"]).format(s=s), (v,)) for s, r, v in told))
+    return tell(told, rng)
+
+
+def tell(facts: Sequence[tuple[str, dict, str]], rng: random.Random) -> Document:
+    """Facts (subject, relation, value) as sentences, with one question each."""
+    text = " ".join(_capital(rng.choice(r["says"]).format(s=s, v=v)) for s, r, v in facts)
+    return Document(text, tuple(Question(rng.choice(r["asks"]).format(s=s), (v,)) for s, r, v in facts))
 
 
 def _capital(sentence: str) -> str:
@@ -129,17 +135,15 @@ def toy_world() -> dict:
 
 
 def toy_document(rng: random.Random, facts: tuple[int, int] = (4, 8)) -> Document:
-    """A document of the toy world: facts about some people, one to four about each, in shuffled order, one question a fact."""
+    """A document of the toy world: a few things about each of several people, in any order, one question a fact.
+
+    Most things are told of more than one person, so that who was asked about matters as much as what.
+    """
     count = rng.randint(*facts)
-    people = iter(rng.sample(toy_world()["names"], count))
-    told = []
-    while len(told) < count:
-        s = next(people)
-        for relation in rng.sample(toy_world()["relations"], min(rng.randint(1, 4), count - len(told))):
-            told.append((s, relation, rng.choice(relation["values"])))
-    rng.shuffle(told)
-    text = " ".join(rng.choice(r["says"]).format(s=s, v=v) for s, r, v in told)
-    return Document(text, tuple(Question(rng.choice(r["asks"]).format(s=s), (v,)) for s, r, v in told))
+    people = rng.sample(toy_world()["names"], min(count, rng.randint(2, 2 + count // 3)))
+    relations = rng.sample(toy_world()["relations"], -(-count // len(people)))
+    pairs = rng.sample(list(product(people, relations)), count)
+    return tell([(name, relation, rng.choice(relation["values"])) for name, relation in pairs], rng)
 
 
 def toy_vocabulary() -> list[str]:

@@ -34,6 +34,7 @@ from .tasks import (
     read_prose,
     toy_document,
     toy_vocabulary,
+    toy_world,
     varied_prose,
     world_document,
 )
@@ -154,7 +155,9 @@ class Recipe:
     """Everything that decides a training run but the LM and the time it gets.
 
     mixture: share of each source in a step's contexts.  sentences / facts: sizes of an excerpt / a world document.
-    objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  precision: the frozen LM's.  steady: share of the run at full learning rate; it then falls linearly to a twentieth.
+    objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  precision: the frozen LM's.
+    steady: share of the run at full learning rate; it then falls linearly to a twentieth.
+    start_from / gain: documents for the start by regression, and how loud it begins.
     """
 
     config: GeneratorConfig
@@ -172,6 +175,7 @@ class Recipe:
     steady: float = 0.5
     clip: float = 1.0
     start_from: int = 600
+    gain: float = 1.8
     seed: int = 0
 
 
@@ -180,7 +184,7 @@ TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0)
 RECIPES = {
     "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.2, "closed world": 0.2}, {"answers": 1.0, "reconstruction": 0.2}),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
-    "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32),
+    "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=8.0),
 }
 
 
@@ -236,7 +240,7 @@ def inverse_root(C: Tensor, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: list[Document], gain: float = 1.8) -> None:
+def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: list[Document], gain: float) -> None:
     """Give the generator a start that already copies, from closed forms; gradient descent from zero takes far longer to find it.
 
     For one adapted layer let h be the (RMS-normed) state of a context token t, and x the layer's input at the question's token
@@ -379,7 +383,7 @@ def train(
         generator.load_state_dict(load_generator(begin, lm).state_dict())
     elif not resume:
         rng = random.Random(f"{recipe.seed} start")
-        start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)])
+        start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)], recipe.gain)
     objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives, recipe.pieces)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas)
     objective, optimizer = accelerator.prepare(objective, optimizer)
@@ -473,50 +477,76 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 TOY_LM = GPT2Config(n_layer=4, n_embd=144, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
-LONGEST = ((0.0, 2), (0.12, 4), (0.3, 8), (0.85, 16))  # from this share of the run on, a document has up to so many facts
+LONGEST = (2, 4, 8, 16)  # facts in a document, at most; the next when the LM answers MASTERED percent over 50 steps
+MASTERED = 85
 
 
 def toy_row(rng: random.Random, longest: int, asked: int = 4) -> str:
-    """What the toy LM learns from: a document and some of its questions with answers; in a tenth of the rows one question alone, to guess."""
+    """What the toy LM learns from: a document and some of its questions with answers; later, in a tenth of the rows, one question alone, to guess."""
     document = toy_document(rng, (1, longest))
-    alone = rng.random() < 0.1
+    alone = longest > LONGEST[0] and rng.random() < 0.1
     questions = rng.sample(document.questions, 1 if alone else min(asked, len(document.questions)))
     told = "" if alone else f"{document.text}\n\n"
     return told + "".join(f"{question_prompt(q.text)} {q.answers[0]}\n" for q in questions)
 
 
-def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: float = 3e-3) -> dict[str, float]:
+def waves(positions: int, width: int) -> Tensor:
+    """Sines and cosines of a position, so that near positions look alike from the first step on; wavelengths 2 pi to 4,000."""
+    angles = torch.arange(positions)[:, None] * torch.logspace(0, -2.8, width // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: float = 2e-3) -> dict[str, float]:
     """Train the toy GPT-2 from scratch until it reads, and leave it in the folder `out` with its tokenizer and a log.
 
-    Loss: next-token cross-entropy (nats), an answer counting ten times. Short documents come first: in them the LM soon finds out
-    that answers can be looked up (induction), which it then keeps doing in longer ones.
+    Loss (nats): next-token cross-entropy, an answer counting ten times, plus 0.3 times that of naming, halfway up, the person whom
+    a value or a question is about. Without this help so small an LM soon finds a value of the kind asked for, but not in minutes whose
+    it is. Documents grow as it learns: in short ones it finds out that answers can be looked up (induction), and whose they are.
     """
     tokenizer = word_tokenizer([*re.findall(r"\w+", question_prompt("")), *toy_vocabulary()], TOY_LM.n_positions)
     accelerator = Accelerator()
     set_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(**TOY_LM.to_dict() | {"vocab_size": len(tokenizer)}))
+    lm.transformer.wpe.weight.data = 0.03 * waves(TOY_LM.n_positions, TOY_LM.n_embd)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     lm, optimizer = accelerator.prepare(lm, optimizer)
-    rng, answer, history = random.Random(0), tokenizer.convert_tokens_to_ids("Answer"), []
+
+    def ids_of(words: Iterable[str]) -> Tensor:
+        return torch.tensor(tokenizer.convert_tokens_to_ids(list(words)), device=accelerator.device)
+
+    names, answer = ids_of(toy_world()["names"]), ids_of(["Answer"])
+    has_owner = ids_of([":", *(value for relation in toy_world()["relations"] for value in relation["values"])])
+    rng, history, stage, since = random.Random(0), [], 0, 0
     for step in (bar := tqdm(range(steps), desc="toy-lm", unit="step")):
-        longest = max(facts for share, facts in LONGEST if step >= share * steps)
+        if step - since >= 50 and statistics.fmean(row["exact"] for row in history[-50:]) > MASTERED:
+            stage, since = min(stage + 1, len(LONGEST) - 1), step
+        longest = LONGEST[stage]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 50, 2.05 - 2 * step / steps)
         ids, mask = padded(tokenizer([toy_row(rng, longest) for _ in range(rows)]).input_ids, tokenizer.pad_token_id)
         ids, mask = ids.to(accelerator.device), mask.to(accelerator.device)
-        logits = lm(ids[:, :-1]).logits
-        answers = nn.functional.pad(ids[:, :-2] == answer, (1, 0))  # the word after "Answer" and ":"
+        read, following = ids[:, :-1], ids[:, 1:]
+        output = lm(read, output_hidden_states=True)
+        answers = nn.functional.pad(read[:, :-1] == answer, (1, 0))  # the word after "Answer" and ":"
         weight = mask[:, 1:] * torch.where(answers, 1.0, 0.1)
-        loss = (cross_entropy(logits.mT, ids[:, 1:], reduction="none") * weight).sum() / weight.sum()
-        accelerator.backward(loss)
+        loss = (cross_entropy(output.logits.mT, following, reduction="none") * weight).sum() / weight.sum()
+
+        place = torch.arange(read.shape[1], device=read.device).expand_as(read)
+        latest = torch.where(torch.isin(read, names), place, -1).cummax(1).values  # where the name before stands
+        owned = torch.isin(read, has_owner) & (latest >= 0)
+        transformer = accelerator.unwrap_model(lm).transformer
+        halfway = transformer.ln_f(output.hidden_states[TOY_LM.n_layer // 2][owned]) @ transformer.wte.weight.T
+        owner_loss = cross_entropy(halfway, read.gather(1, latest.clamp_min(0))[owned])
+
+        accelerator.backward(loss + 0.3 * owner_loss)
         accelerator.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        exact = (logits.argmax(-1) == ids[:, 1:])[answers].float().mean()
-        history.append({"step": step + 1, "facts": longest, "loss": loss.item(), "exact": 100 * exact.item()})
-        bar.set_postfix(facts=longest, loss=f"{loss.item():.2f}", exact=f"{100 * exact.item():.0f} %")
+        exact = (output.logits.argmax(-1) == following)[answers].float().mean()
+        history.append({"step": step + 1, "facts": longest, "loss": loss.item(), "owner": owner_loss.item(), "exact": 100 * exact.item()})
+        bar.set_postfix(facts=longest, owner=f"{owner_loss.item():.2f}", loss=f"{loss.item():.2f}", exact=f"{100 * exact.item():.0f} %")
     spans = [history[n : n + 25] for n in range(0, steps, 25)]
-    recent = [span[-1] | {k: round(statistics.fmean(row[k] for row in span), 4) for k in ("loss", "exact")} for span in spans]
+    recent = [span[-1] | {k: round(statistics.fmean(row[k] for row in span), 4) for k in ("loss", "owner", "exact")} for span in spans]
     with whole_folder(out) as scratch:
         accelerator.unwrap_model(lm).save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

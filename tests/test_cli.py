@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minigen import training
+from minigen import evaluation, training
 from minigen.__main__ import main
 from minigen.evaluation import CONTROLS, METHODS, WORDINGS, Reader
 from minigen.formats import WEIGHTS, load_generator, save_generator
 from minigen.generator import GeneratorConfig
-from minigen.models import answer, load_lm
+from minigen.models import answer, last_tokens, load_lm
 from minigen.tasks import DATA, exact_match, f1, read_documents, read_text
 from minigen.training import RECIPES, Recipe, question_prompt
 
@@ -191,6 +191,24 @@ def test_ask_gives_three_answers_a_question(minigen):
     assert found["answers"] == {"closed-book": answer(lm, tokenizer, bare), "prompting": prompted, "adapter": adapted}
     assert len(set(map(tuple, found["answers"].values()))) == 3
     assert all(name in shown for name in METHODS)
+
+
+def test_an_answer_is_over_at_a_line_break_or_the_end_of_the_text(here):
+    lm, tokenizer = load_lm("lm")
+    over = last_tokens(tokenizer)
+    assert tokenizer.eos_token_id in over and tokenizer("\n").input_ids[0] in over
+    assert all("\n" in tokenizer.decode([n]) for n in over if n != tokenizer.eos_token_id) and len(over) < 20
+    assert all("\n" not in said for said in answer(lm, tokenizer, ["Who?", "What is a vet?"]))
+
+
+def test_prompting_is_plain_for_an_lm_that_cannot_chat(here, monkeypatch):
+    lm, tokenizer = load_lm("lm")
+    seen = []
+    monkeypatch.setattr(evaluation, "answer", lambda lm, tokenizer, prompts, new_tokens: seen.extend(prompts))
+    for template in (None, "{% for m in messages %}[{{ m.content }}]{% endfor %}"):
+        tokenizer.chat_template = template
+        METHODS["prompting"](Reader(lm, tokenizer, None), TEXT, ["Who?"])
+    assert seen == [f"{TEXT}\n\n{question_prompt('Who?')}", f"[{TEXT}\n\nWho?]The answer is:"]
 
 
 def test_ask_shows_brackets_as_they_are(minigen):

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import statistics
 from itertools import combinations
 
 import pytest
@@ -102,6 +103,19 @@ def test_toy_documents_tell_one_fact_a_question():
         document = tasks.toy_document(random.Random(seed), (1, 16))
         assert len(sentences(document.text)) == len(document.questions) == len({question.text for question in document.questions})
         assert all(re.search(rf"\b{question.answers[0]}\b", document.text) for question in document.questions)
+
+
+def test_neither_who_nor_what_alone_answers_a_toy_question():
+    """A reader who looks at the relation only, or at the name only, and guesses among what it finds, is mostly wrong."""
+    by_relation, by_name = [], []
+    relation_of = {value: n for n, relation in enumerate(tasks.toy_world()["relations"]) for value in relation["values"]}
+    for seed in range(300):
+        document = tasks.toy_document(random.Random(seed), (4, 8))
+        told = [(next(w for w in re.findall(r"\w+", q.text) if w in tasks.toy_world()["names"]), relation_of[q.answers[0]]) for q in document.questions]
+        for name, relation in told:
+            by_relation.append(1 / sum(other == relation for _, other in told))
+            by_name.append(1 / sum(other == name for other, _ in told))
+    assert statistics.fmean(by_relation) < 0.55 and statistics.fmean(by_name) < 0.65
 
 
 def test_no_toy_value_belongs_to_two_relations_or_is_a_name():

@@ -205,7 +205,7 @@ def test_the_start_copies_from_its_own_context(lm_and_tokenizer):
         torch.manual_seed(0)
         generator = AdapterGenerator.for_lm(lm, TINY)
         if regression:
-            start_by_regression(generator, lm, tokenizer, documents)
+            start_by_regression(generator, lm, tokenizer, documents, gain=1.8)
         return generator
 
     fresh, start, again = started(False), started(True), started(True)
@@ -305,8 +305,13 @@ def test_a_toy_row_is_a_document_with_answers_or_a_lonely_question():
     assert 8 <= len(alone) <= 35 and all(row.count("Answer:") == 1 for row in alone)
     for row in set(rows) - set(alone):
         text, asked = row.split("\n\n")
-        for question, answer in re.findall(r"Question: (.*)\nAnswer: (\w+)\n", asked):
-            assert question.endswith("?") and re.search(rf"\b{answer}\b", text)
+        pairs = re.findall(r"Question: (.*)\nAnswer: (\w+)\n", asked)
+        assert pairs and all(question.endswith("?") and re.search(rf"\b{answer}\b", text) for question, answer in pairs)
+
+
+def test_near_positions_look_alike():
+    likeness = torch.cosine_similarity(training.waves(64, 32)[20:21], training.waves(64, 32)[20:40])
+    assert likeness[0] > likeness[1] > likeness[2] and likeness[3:].max() < likeness[1]
 
 
 def test_the_toy_lm_learns_and_leaves_a_folder_that_loads(tmp_path, monkeypatch):
