@@ -139,11 +139,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> tupl
     return ids, mask
 
 
+LINE_BREAKS = ("\n", "Ċ", "<0x0A>")  # as vocabularies of whole words, byte-level BPE and SentencePiece write it
+
+
 @cache
 def last_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of the tokens after which an answer is over: all that hold a line break, and the end of the text."""
-    texts = tokenizer.batch_decode([[n] for n in range(len(tokenizer))])
-    return [n for n, text in enumerate(texts) if "\n" in text or n == tokenizer.eos_token_id]
+    return sorted(n for token, n in tokenizer.get_vocab().items() if n == tokenizer.eos_token_id or any(mark in token for mark in LINE_BREAKS))
 
 
 @torch.no_grad()
