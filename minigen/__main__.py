@@ -75,7 +75,7 @@ def run_train(asked: argparse.Namespace) -> None:
     """Train a generator, or (toy-lm) the toy language model itself."""
     if asked.recipe == "toy-lm":
         if not asked.steps:
-            raise BadData("toy-lm is trained for a number of steps, so that everybody gets the same weights; say --steps 3000")
+            raise BadData("toy-lm is trained for a number of steps, so that everybody gets the same weights; say --steps 4000")
         out.print(train_toy_lm(asked.out, asked.steps))
         return
     if asked.resume and not (asked.out / "checkpoint").is_dir():

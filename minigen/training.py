@@ -182,7 +182,7 @@ class Recipe:
 LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0)
 RECIPES = {
-    "facts": Recipe(LAPTOP, {"prose": 0.6, "world": 0.2, "closed world": 0.2}, {"answers": 1.0, "reconstruction": 0.2}),
+    "facts": Recipe(LAPTOP, {"prose": 0.45, "world": 0.3, "closed world": 0.25}, {"answers": 1.0, "reconstruction": 0.2}, facts=(3, 8)),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
     "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=8.0),
 }
@@ -388,7 +388,11 @@ def train(
     optimizer = torch.optim.AdamW(generator.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     if resume:
-        accelerator.load_state(str(out / "checkpoint"))
+        try:
+            accelerator.load_state(str(out / "checkpoint"))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise BadData(f"--resume of recipe {recipe_name!r} asked, but {out}/checkpoint is of another generator ({reason}); name the folder of its own run") from None
         progress = Progress(**json.loads((out / "checkpoint" / "progress.json").read_text()))
 
     def done() -> float:
@@ -522,7 +526,7 @@ def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: flo
             stage, since = min(stage + 1, len(LONGEST) - 1), step
         longest = LONGEST[stage]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 50, 2.05 - 2 * step / steps)
+            group["lr"] = learning_rate * min((step + 1) / 50, 1.03 - step / steps)
         ids, mask = padded(tokenizer([toy_row(rng, longest) for _ in range(rows)]).input_ids, tokenizer.pad_token_id)
         ids, mask = ids.to(accelerator.device), mask.to(accelerator.device)
         read, following = ids[:, :-1], ids[:, 1:]
@@ -536,6 +540,7 @@ def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: flo
         owned = torch.isin(read, has_owner) & (latest >= 0)
         transformer = accelerator.unwrap_model(lm).transformer
         halfway = transformer.ln_f(output.hidden_states[TOY_LM.n_layer // 2][owned]) @ transformer.wte.weight.T
+        halfway = halfway.scatter(1, read[owned][:, None], -torch.inf)  # the word itself may stay as readable as it likes
         owner_loss = cross_entropy(halfway, read.gather(1, latest.clamp_min(0))[owned])
 
         accelerator.backward(loss + 0.3 * owner_loss)
