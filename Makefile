@@ -5,8 +5,13 @@ PYTHON    ?= $(shell command -v python3.11 || command -v python3)
 VENV      ?= .venv
 PIP_ARGS  ?=
 LM        ?= smollm2
+ifeq ($(LM),toy)
+CONTEXT   ?= data/documents/toy.txt
+QUESTIONS ?= --question "Where does Ada live?" --question "Where does Boris live?" --question "Which instrument does Clara play?"
+else
 CONTEXT   ?= data/documents/lighthouse.txt
 QUESTIONS ?= --question "Who was the first keeper of the lighthouse?" --question "When was the lighthouse finished?" --question "What put out the lamp in 1911?"
+endif
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 
 BIN   := $(VENV)/bin

@@ -43,13 +43,16 @@ def run_ask(asked: argparse.Namespace) -> None:
     if not all(question.strip() for question in asked.question):
         raise BadData("an empty question was given; ask something: --question 'Who ...?'")
     it = reader(asked)
-    tokens = len(it.tokenizer(text).input_ids)
+    ids = it.tokenizer(text).input_ids
+    tokens = len(ids)
     chunk = it.generator.config.chunk
     notes = [f"{asked.context}: {tokens} tokens"]
     if tokens > chunk:
         notes.append(f"longer than one pass of {chunk} tokens, so read in {-(-tokens // chunk)} chunks")
     if tokens > window(it.lm):
         notes.append(f"longer than the LM's window of {window(it.lm)} tokens, so prompting sees only its end")
+    if unknown := ids.count(it.tokenizer.unk_token_id):
+        notes.append(f"{unknown} of them are words that this LM does not know")
     out.print(escape("; ".join(notes)))
     with out.status("reading"):
         began = time.perf_counter()

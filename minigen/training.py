@@ -182,7 +182,7 @@ class Recipe:
 LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0)
 RECIPES = {
-    "facts": Recipe(LAPTOP, {"prose": 0.45, "world": 0.3, "closed world": 0.25}, {"answers": 1.0, "reconstruction": 0.2}, facts=(3, 8)),
+    "facts": Recipe(LAPTOP, {"prose": 0.45, "world": 0.3, "closed world": 0.25}, {"answers": 1.0, "reconstruction": 0.2}, facts=(4, 8)),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
     "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=8.0),
 }
