@@ -17,14 +17,14 @@ NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/s
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-demo test notebooks: export HF_HUB_OFFLINE = 1
-demo test notebooks: export TOKENIZERS_PARALLELISM = false
+demo test test-browser notebooks: export HF_HUB_OFFLINE = 1
+demo test test-browser notebooks: export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab notebooks lint clean
+.PHONY: help setup demo test test-browser lab notebooks lint clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
 
 setup: $(READY)  ## make .venv and install everything into it, once
 
@@ -40,8 +40,13 @@ demo: $(READY)  ## ask three questions about a document: closed-book, prompting,
 
 test: $(READY)  ## ruff, the tests, then every notebook against its stored outputs
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore tests/browser
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 120 -p no:rerunfailures -rs notebooks
+
+test-browser: $(READY)  ## drive the microscope in a real Chromium; installs playwright, and on Debian (as root) Chromium
+	command -v chromium || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium; }
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[browser]"
+	$(BIN)/python -m pytest tests/browser
 
 lab: $(READY)  ## open the first notebook in JupyterLab
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

@@ -1,4 +1,4 @@
-"""Figures of the state and its adapter, and the thin ipywidgets shell around one: arrays in, a matplotlib Figure out, no pyplot state.
+"""Figures of the state and its adapter: arrays in, a matplotlib Figure out, no pyplot state. The widgets around them are in minigen.microscope.
 
 Figures are white with dark text, whatever theme surrounds them; the colours are Okabe and Ito's, PuOr and cividis, which colour-blind
 eyes tell apart. Letters are those of minigen.generator, and c chunk, v vocabulary; a direction is counted from 1, as on the axes.
@@ -13,7 +13,6 @@ from operator import add
 import numpy as np
 import torch
 from einops import einsum
-from ipywidgets import IntSlider, interactive
 from jaxtyping import Float, Int
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -169,12 +168,6 @@ def spectrum_figure(sigma: Float[np.ndarray, "l r"], rank: int, layer: int) -> F
         axes.set_xlim(0.5, len(sigma[layer]) + 1.5)
     figure.legend(*before.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def spectrum_explorer(sigma: Float[np.ndarray, "l r"], rank: int) -> interactive:
-    """A slider over the layers around spectrum_figure; it holds no maths and runs no model."""
-    slider = IntSlider(0, 0, len(sigma) - 1, description="layer", continuous_update=False)
-    return interactive(lambda layer: spectrum_figure(sigma, rank, layer), {"auto_display": True}, layer=slider)
 
 
 def layers_figure(sigma: Float[np.ndarray, "l r"], rank: int) -> Figure:

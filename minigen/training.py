@@ -180,7 +180,7 @@ class Recipe:
 
 
 LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
-TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0)
+TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
 RECIPES = {
     "facts": Recipe(LAPTOP, {"prose": 0.45, "world": 0.3, "closed world": 0.25}, {"answers": 1.0, "reconstruction": 0.2}, facts=(4, 8)),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
@@ -188,6 +188,7 @@ RECIPES = {
 }
 
 
+FILES = {"prose": "data/prose", "world": "data/world.jsonl", "closed world": "data/world.jsonl", "toy world": "data/toy_world.json"}
 POOL = 4
 
 
@@ -440,7 +441,7 @@ def train(
             "recipe": recipe_name,
             "begin": str(begin) if begin else "regression",
             "settings": asdict(recipe),
-            "data": ["data/prose", "data/world.jsonl", *(Path(file).name for file in files or [])],
+            "data": [*dict.fromkeys(FILES[kind] for kind in recipe.mixture if kind in FILES), *(Path(file).name for file in files or [])],
             "steps": progress.step,
             "contexts": progress.contexts,
             "minutes": round(progress.seconds / 60, 1),

@@ -1,4 +1,4 @@
-"""minigen.spectra: the arrays are those of the equations, the figures show the numbers they were given, and the slider redraws."""
+"""minigen.spectra: the arrays are those of the equations, and the figures show the numbers they were given."""
 
 import math
 from itertools import pairwise
@@ -8,7 +8,6 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 
 from minigen.evaluation import METHODS
 from minigen.generator import NULL_DIRECTION, Adapter, ContextState, balanced_chunks, block_inputs, svd_norm
@@ -30,7 +29,6 @@ from minigen.spectra import (
     promoted,
     promotion_figure,
     singular_values,
-    spectrum_explorer,
     spectrum_figure,
     stream_figure,
     stream_singular_values,
@@ -302,17 +300,6 @@ def test_spectrum_figure_draws_on_white_without_a_warning(sigma):
     image = pixels(spectrum_figure(sigma, 1, 0))
     assert (image[0, 0] == 255).all() and (image[..., 3] == 255).all()  # opaque, so readable on a dark page
     assert image.min() < 100
-
-
-def test_slider_redraws():
-    explorer = spectrum_explorer(SIGMA, rank=3)
-    slider = explorer.kwargs_widgets[0]
-    assert (slider.min, slider.max) == (0, 2)
-    for layer in (1, 2):
-        slider.value = layer
-        assert isinstance(explorer.result, Figure)
-        assert explorer.result.axes[0].get_title() == f"S, adapted layer {layer}"
-        np.testing.assert_allclose(heights(explorer.result.axes[0]), SIGMA[layer])
 
 
 # ------------------------------------------------------------------------------------------- the other figures
