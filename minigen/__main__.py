@@ -79,7 +79,9 @@ def run_train(asked: argparse.Namespace) -> None:
     if asked.recipe == "toy-lm":
         if not asked.steps:
             raise BadData("toy-lm is trained for a number of steps, so that everybody gets the same weights; say --steps 4000")
-        out.print(train_toy_lm(asked.out, asked.steps))
+        if asked.resume and not (asked.out / "lm_log.csv").exists():
+            raise BadData(f"--resume of toy-lm asked, but {asked.out}/lm_log.csv does not exist; leave --resume out, or name the folder of an earlier run")
+        out.print(train_toy_lm(asked.out, asked.steps, asked.resume))
         return
     if asked.resume and not (asked.out / "checkpoint").is_dir():
         raise BadData(f"--resume asked, but {asked.out}/checkpoint does not exist; leave --resume out, or name the folder of an earlier run")
@@ -203,7 +205,7 @@ def parser() -> Parser:
     budget.add_argument("--minutes", type=above_zero(float), help="train for so long")
     budget.add_argument("--steps", type=above_zero(int), help="train for so many steps")
     sub.add_argument("--data", action="append", default=[], help="raw text, for recipes that read it; may be given several times")
-    sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint")
+    sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint; toy-lm: train the LM in OUT for so many steps more")
 
     sub = verb("evaluate", run_evaluate)
     sub.add_argument("suite", choices=["documents", "objectives"])

@@ -184,7 +184,7 @@ TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, 
 RECIPES = {
     "facts": Recipe(LAPTOP, {"prose": 0.45, "world": 0.3, "closed world": 0.25}, {"answers": 1.0, "reconstruction": 0.2}, facts=(4, 8)),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
-    "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=8.0),
+    "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=1.0),
 }
 
 
@@ -501,18 +501,25 @@ def waves(positions: int, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: float = 2e-3) -> dict[str, float]:
+def train_toy_lm(out: str | Path, steps: int, resume: bool = False, rows: int = 32) -> dict[str, float]:
     """Train the toy GPT-2 from scratch until it reads, and leave it in the folder `out` with its tokenizer and a log.
 
     Loss (nats): next-token cross-entropy, an answer counting ten times, plus 0.3 times that of naming, halfway up, the person whom
     a value or a question is about. Without this help so small an LM soon finds a value of the kind asked for, but not in minutes whose
     it is. Documents grow as it learns: in short ones it finds out that answers can be looked up (induction), and whose they are.
+    resume: train the LM that is in `out` for so many steps more, on the longest documents and at a quarter of the learning rate.
     """
     tokenizer = word_tokenizer([*re.findall(r"\w+", question_prompt("")), *toy_vocabulary()], TOY_LM.n_positions)
     accelerator = Accelerator()
-    set_seed(0)
-    lm = GPT2LMHeadModel(GPT2Config(**TOY_LM.to_dict() | {"vocab_size": len(tokenizer)}))
-    lm.transformer.wpe.weight.data = 0.03 * waves(TOY_LM.n_positions, TOY_LM.n_embd)
+    log = [*csv.DictReader((Path(out) / "lm_log.csv").open())] if resume else []
+    before = int(log[-1]["step"]) if resume else 0
+    set_seed(before)
+    if resume:
+        lm = GPT2LMHeadModel.from_pretrained(out)
+    else:
+        lm = GPT2LMHeadModel(GPT2Config(**TOY_LM.to_dict() | {"vocab_size": len(tokenizer)}))
+        lm.transformer.wpe.weight.data = 0.03 * waves(TOY_LM.n_positions, TOY_LM.n_embd)
+    learning_rate = 5e-4 if resume else 2e-3
     optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     lm, optimizer = accelerator.prepare(lm, optimizer)
 
@@ -521,7 +528,7 @@ def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: flo
 
     names, answer = ids_of(toy_world()["names"]), ids_of(["Answer"])
     has_owner = ids_of([":", *(value for relation in toy_world()["relations"] for value in relation["values"])])
-    rng, history, stage, since = random.Random(0), [], 0, 0
+    rng, history, stage, since = random.Random(before), [], (len(LONGEST) - 1) * resume, 0
     for step in (bar := tqdm(range(steps), desc="toy-lm", unit="step")):
         if step - since >= 50 and statistics.fmean(row["exact"] for row in history[-50:]) > MASTERED:
             stage, since = min(stage + 1, len(LONGEST) - 1), step
@@ -549,12 +556,12 @@ def train_toy_lm(out: str | Path, steps: int, rows: int = 32, learning_rate: flo
         optimizer.step()
         optimizer.zero_grad()
         exact = (output.logits.argmax(-1) == following)[answers].float().mean()
-        history.append({"step": step + 1, "facts": longest, "loss": loss.item(), "owner": owner_loss.item(), "exact": 100 * exact.item()})
+        history.append({"step": before + step + 1, "facts": longest, "loss": loss.item(), "owner": owner_loss.item(), "exact": 100 * exact.item()})
         bar.set_postfix(facts=longest, owner=f"{owner_loss.item():.2f}", loss=f"{loss.item():.2f}", exact=f"{100 * exact.item():.0f} %")
     spans = [history[n : n + 25] for n in range(0, steps, 25)]
     recent = [span[-1] | {k: round(statistics.fmean(row[k] for row in span), 4) for k in ("loss", "owner", "exact")} for span in spans]
     with whole_folder(out) as scratch:
         accelerator.unwrap_model(lm).save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        write_csv(scratch / "lm_log.csv", recent)
+        write_csv(scratch / "lm_log.csv", log + recent)
     return recent[-1]

@@ -113,6 +113,7 @@ BAD = [
     ("export --lm lm --generator generator --out out --context latin.txt", "latin.txt: not UTF-8"),
     ("export --lm lm --generator foreign --out out --context text.txt", "foreign: made for another"),
     ("train toy-lm --out out --minutes 1", "toy-lm.*--steps"),
+    ("train toy-lm --out out --steps 5 --resume", "out/lm_log.csv does not exist"),
     ("import-official folder --out out", "folder: adapter_config.json is missing"),
     ("import-official nowhere --out out", "nowhere: adapter_config.json is missing"),
     ("import-official official --out out --lm lm", "made for ../base, but --lm lm was given"),

@@ -324,3 +324,9 @@ def test_the_toy_lm_learns_and_leaves_a_folder_that_loads(tmp_path, monkeypatch)
     (lm, tokenizer), (again, _) = (load_lm(str(tmp_path / name)) for name in ("one", "again"))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in lm.state_dict().items())
     assert lm.config.vocab_size == len(tokenizer) and tokenizer.decode(tokenizer("Ada lives in Rome.").input_ids) == "Ada lives in Rome."
+
+    train_toy_lm(tmp_path / "one", steps=50, resume=True, rows=4)
+    with (tmp_path / "one" / "lm_log.csv").open() as file:
+        longer = list(csv.DictReader(file))
+    assert longer[:3] == log and [(row["step"], row["facts"]) for row in longer[3:]] == [("100", "16"), ("125", "16")]
+    assert float(longer[-1]["loss"]) < float(log[-1]["loss"]) + 0.1  # it went on, and did not begin again
