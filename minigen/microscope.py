@@ -113,7 +113,7 @@ def norm_figure(sigma: Float[np.ndarray, "l r"], rank: int, layer: int, norm: st
         for bar, gain in zip(after.patches, normed, strict=True):
             bar.set_height(gain)
         scale = normed[0] / sigma[layer, 0] if sigma[layer, 0] else 1.0
-        after.set(title=f"after the norm {norm!r}: σ times {scale:.2g}", yscale="log", ylim=np.multiply(before.get_ylim(), scale))
+        after.set(title=f"norm {norm!r}: {scale:.2g} σ", yscale="log", ylim=np.multiply(before.get_ylim(), scale))
     return figure
 
 

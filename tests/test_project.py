@@ -138,7 +138,7 @@ def test_figures_stay_in_spectra_widgets_in_microscope_and_jupyter_in_notebooks(
 
 
 def make_targets(text: str) -> set[str]:
-    return set(re.findall(r"^([a-z]+):(?!=)", text, re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):(?!=)", text, re.MULTILINE))
 
 
 def make_commands(markdown: str) -> set[str]:

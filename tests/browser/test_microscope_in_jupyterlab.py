@@ -76,6 +76,8 @@ def page(lab):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(1 * MINUTES)
         page.goto(lab)
+        page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for()
+        expect(page.locator(".jp-NotebookPanel .jp-Toolbar-kernelName")).to_contain_text("Python")
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
         yield page
