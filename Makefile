@@ -24,7 +24,7 @@ demo test test-browser notebooks: export TOKENIZERS_PARALLELISM = false
 .PHONY: help setup demo test test-browser lab notebooks lint clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
 
 setup: $(READY)  ## make .venv and install everything into it, once
 
