@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from minigen.models import smollm2_folder
+
+
+def pytest_sessionstart(session):
+    smollm2_folder()  # converts SmolLM2 where that was never done, so that no notebook stops to show its progress
+
 
 def pytest_collectstart(collector):
     if hasattr(collector, "skip_compare"):  # a notebook
