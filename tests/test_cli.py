@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -296,3 +297,20 @@ def test_train_then_ask(minigen, monkeypatch):
     assert minigen(f"{TRAIN} --steps 4 --resume")[0] == 0
     assert json.loads(read_text("out/generator/generator.json"))["provenance"]["steps"] == 4
     assert minigen("ask --lm lm --generator out/generator --context text.txt --question Who?")[::2] == (0, "")
+
+
+def test_a_run_is_not_resumed_as_another_size(minigen, monkeypatch):
+    monkeypatch.setattr(training, "read_documents", lambda path: dev_documents())
+    assert minigen(f"{TRAIN} --steps 2")[0] == 0
+    weights = Path("out/generator", WEIGHTS).read_bytes()
+    wider = replace(RECIPES["tiny"], config=replace(RECIPES["tiny"].config, q=20))
+    monkeypatch.setitem(RECIPES, "tiny", wider)
+    code, _, complaint = minigen(f"{TRAIN} --steps 4 --resume")
+    assert code == 2 and "is of another generator" in complaint and complaint.count("\n") == complaint.endswith("\n")
+    assert Path("out/generator", WEIGHTS).read_bytes() == weights
+
+
+def test_words_that_the_toy_does_not_know_are_counted(minigen):
+    Path("toy.txt").write_text("Ada lives in Cairo. Ada flies zeppelins.")
+    assert "2 of them are words that this LM does not know" in minigen(["ask", "--lm", "toy", "--context", "toy.txt", "--question", "Where does Ada live?"])[1]
+    assert "does not know" not in minigen("ask --lm lm --generator generator --context text.txt --question Who?")[1]
