@@ -19,6 +19,8 @@ READY := $(VENV)/.ready
 
 demo test test-browser notebooks: export HF_HUB_OFFLINE = 1
 demo test test-browser notebooks: export TOKENIZERS_PARALLELISM = false
+# Stored outputs hold no progress bars.
+test test-browser notebooks: export TQDM_DISABLE = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-browser lab notebooks lint clean
