@@ -43,7 +43,7 @@ demo: $(READY)  ## ask three questions about a document: closed-book, prompting,
 test: $(READY)  ## ruff, the tests, then every notebook against its stored outputs
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest tests --ignore tests/browser
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 120 -p no:rerunfailures -rs notebooks
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 600 -p no:rerunfailures -rs notebooks
 
 test-browser: $(READY)  ## drive the microscope in a real Chromium; installs playwright, and on Debian (as root) Chromium
 	command -v chromium || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium; }
