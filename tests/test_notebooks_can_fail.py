@@ -11,7 +11,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from test_golden import MISTAKES
 from test_notebooks_static import FOLDER, code_cells
 
-NBVAL = "--nbval --nbval-current-env --nbval-cell-timeout 120 -p no:cacheprovider -q".split()
+NBVAL = "--nbval --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider -q".split()
 
 
 class Shell(InteractiveShell):
