@@ -393,7 +393,9 @@ def train(
             accelerator.load_state(str(out / "checkpoint"))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise BadData(f"--resume of recipe {recipe_name!r} asked, but {out}/checkpoint is of another generator ({reason}); name the folder of its own run") from None
+            raise BadData(
+                f"--resume of recipe {recipe_name!r} asked, but {out}/checkpoint is of another generator ({reason}); name the folder of its own run"
+            ) from None
         progress = Progress(**json.loads((out / "checkpoint" / "progress.json").read_text()))
 
     def done() -> float:
