@@ -103,20 +103,6 @@ def with_config(reader: Reader, **settings) -> Reader:
     return replace(reader, generator=generator)
 
 
-def norm_figure(sigma: Float[np.ndarray, "l r"], rank: int, layer: int, norm: str) -> Figure:
-    """spectrum_figure under any of NORMS. They all turn with S, so what one makes of diag(sigma) is what it makes of the spectrum."""
-    left, right = NORMS[norm](torch.diag(torch.tensor(sigma[layer])), rank)
-    figure = spectrum_figure(sigma, left.shape[-1], layer)
-    if norm != "svd":
-        before, after = figure.axes
-        normed = torch.linalg.svdvals(left @ right.mT).numpy()
-        for bar, gain in zip(after.patches, normed, strict=True):
-            bar.set_height(gain)
-        scale = normed[0] / sigma[layer, 0] if sigma[layer, 0] else 1.0
-        after.set(title=f"norm {norm!r}: {scale:.2g} σ", yscale="log", ylim=np.multiply(before.get_ylim(), scale))
-    return figure
-
-
 @torch.no_grad()
 def operated(reader: Reader, state: ContextState, r: int, scale: float, layers: Iterable[int]) -> Adapter:
     """What surgery leaves of a state's adapter: r directions, s = scale, and only some of the adapted layers."""
@@ -216,7 +202,7 @@ class Microscope(Shell):
     def draw_spectrum(self) -> None:
         """Figure 1 alone."""
         if self.reading:
-            self.spectrum.value = _png(norm_figure(self.sigma()[-1], self.reader.generator.config.rank, self.layer.value, self.norm.value))
+            self.spectrum.value = _png(spectrum_figure(self.sigma()[-1], self.reader.generator.config.rank, self.layer.value, self.norm.value))
 
     def draw_shares(self) -> None:
         """Figure 5 alone."""

@@ -17,16 +17,17 @@ from jaxtyping import Float, Int
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .evaluation import METHODS, Reader
-from .generator import NULL_DIRECTION, Adapter, AdapterGenerator, ContextState, rms_norm, svd_norm, weight_matrix
+from .generator import NORMS, NULL_DIRECTION, Adapter, AdapterGenerator, ContextState, rms_norm, svd_norm, weight_matrix
 from .training import Target, target_losses
 
 KEPT, DROPPED, RANK, NUMERIC, TEXT = "#0072B2", "#BBBBBB", "#D55E00", "#009E73", "#222222"
@@ -151,22 +152,35 @@ def switched_off(lm: PreTrainedModel, adapter: Adapter, target: Target) -> Float
 # ------------------------------------------------------------------------------------------------- the figures
 
 
-def spectrum_figure(sigma: Float[np.ndarray, "l r"], rank: int, layer: int) -> Figure:
-    """The singular values of S in one adapted layer, before the norm and after it; the kept and the numeric rank are marked."""
+def spectrum_figure(sigma: Float[np.ndarray, "l r"], rank: int, layer: int, norm: str = "svd") -> Figure:
+    """The singular values of S in one adapted layer, before and after a norm of NORMS; the kept and the numeric rank are marked.
+
+    A norm turns with S, so what it makes of diag(sigma) is what it makes of the spectrum.
+    """
     _check_layer(layer, len(sigma))
-    figure = _figure(8.4, 3.2)
-    before, after = figure.subplots(1, 2)
-    _bars(before, sigma[layer], sigma[layer], rank)
-    before.set(title=f"S, adapted layer {layer}", ylabel="singular value σ", xlabel="singular direction")
-    _log(before, sigma[layer])
-    _bars(after, gains(sigma[layer], rank), sigma[layer], rank)
-    after.set(title="after the norm: gain one or zero", ylabel="gain", xlabel="singular direction", ylim=(0, 1.25), yticks=[0, 0.5, 1])
-    numeric = numeric_rank(sigma[layer])
-    for axes in (before, after):
+    sigma = sigma[layer]
+    figure, (before, after) = _panels(3.2, [1, 1])
+    before.set_title(f"S, adapted layer {layer}", y=1)
+    before.set(ylabel="singular value σ", xlabel="singular direction")
+    _log(before, sigma)
+    if norm == "svd":
+        normed = gains(sigma, rank)
+        after.set_title("after the norm: gain one or zero", y=1)
+        after.set(ylim=(0, 1.25), yticks=[0, 0.5, 1])
+    else:
+        left, right = NORMS[norm](torch.diag(torch.tensor(sigma)), rank)
+        rank, normed = left.shape[-1], torch.linalg.svdvals(left @ right.mT).numpy()
+        scale = normed[0] / (sigma[0] or 1.0)
+        after.set_title(f"norm {norm!r}: {scale:.2g} σ", y=1)
+        _log(after, normed)
+    after.set(ylabel="gain", xlabel="singular direction")
+    numeric = numeric_rank(sigma)
+    for axes, heights in ((before, sigma), (after, normed)):
+        _bars(axes, heights, int(gains(sigma, rank).sum()))
         axes.axvline(rank + 0.5, color=RANK, lw=2, label=f"rank kept: {rank}")
         axes.axvline(numeric + 0.5, color=NUMERIC, lw=2, ls="--", label=f"numeric rank: {numeric}")
-        axes.set_xlim(0.5, len(sigma[layer]) + 1.5)
-    figure.legend(*before.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        axes.set_xlim(0.5, len(sigma) + 1.5)
+    figure.legend(*before.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -204,23 +218,22 @@ def stream_figure(sigma: Float[np.ndarray, "c l r"], rank: int, layer: int) -> F
     A curve ends where rounding noise begins; the bar of the same chunk has its colour.
     """
     _check_layer(layer, sigma.shape[1])
-    figure = _figure(8.4, 3.4)
-    curves, ranks = figure.subplots(1, 2, width_ratios=[3, 2])
+    figure, (curves, ranks) = _panels(3.4, [3, 2])
     read = np.arange(1, len(sigma) + 1)
     colours = ORDERED(np.linspace(0.9, 0.0, len(sigma)))
-    numeric = [numeric_rank(values) for values in sigma[:, layer]]
-    for values, end, colour in zip(sigma[:, layer], numeric, colours, strict=True):
-        curves.plot(np.arange(1, end + 1), values[:end], color=colour, lw=1.8)
+    shown = [values[: numeric_rank(values)] for values in sigma[:, layer]]
+    _log(curves, np.concatenate(shown))
+    for values, colour in zip(shown, colours, strict=True):
+        curves.plot(np.arange(1, len(values) + 1), values, color=colour, lw=1.8)
     curves.axvline(rank + 0.5, color=RANK, lw=2)
-    curves.set(title=f"S after every chunk, adapted layer {layer}", xlabel="singular direction", ylabel="singular value σ", yscale="log")
-    ranks.bar(read, numeric, color=colours, label="numeric rank")
+    curves.set_title(f"S after every chunk, adapted layer {layer}", y=1)
+    curves.set(xlabel="singular direction", ylabel="singular value σ")
+    ranks.bar(read, [len(values) for values in shown], color=colours, label="numeric rank")
     ranks.plot(read, effective_rank(sigma[:, layer]), color=TEXT, marker="o", ms=4, label="effective rank")
     ranks.axhline(rank, color=RANK, lw=2, label=f"rank kept: {rank}")
-    ranks.set(title="its rank", xlabel="chunks read")
-    ranks.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (curves, ranks):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*ranks.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False)
+    ranks.set_title("its rank", y=1)
+    ranks.set(xlabel="chunks read", ylabel="directions", xticks=read[:: -(-len(read) // 8)])
+    figure.legend(*ranks.get_legend_handles_labels(), loc="lower right", ncols=3, frameon=False)
     return figure
 
 
@@ -352,6 +365,20 @@ def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
 
 
+def _panels(height: float, ratios: Sequence[float]) -> tuple[Figure, Sequence[Axes]]:
+    """Two panels above a legend, everything in a fixed place: matplotlib's search for free room takes longer than the drawing."""
+    figure = _figure(8.4, height, layout="none")
+    panels = figure.subplots(1, 2, width_ratios=ratios)
+    figure.subplots_adjust(left=0.085, right=0.985, top=1 - 0.32 / height, bottom=0.82 / height, wspace=0.22)
+    for axes in panels:
+        wide, high = axes.get_window_extent().size / DPI
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_label_coords(0.5, -0.26 / high)
+        axes.yaxis.set_label_coords(-0.56 / wide, 0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
 def _check_layer(layer: int, layers: int) -> None:
     if not 0 <= layer < layers:
         raise ValueError(f"layer {layer} asked of {layers} adapted layers; choose 0 to {layers - 1}")
@@ -367,18 +394,21 @@ def _ink(background: Sequence[float]) -> str:
     return TEXT if np.dot(to_rgb(background), (0.3, 0.59, 0.11)) > 0.5 else "white"
 
 
-def _log(axes: Axes, sigma: Float[np.ndarray, " r"]) -> None:
-    """A log axis that begins just below the smallest value, but not far below rounding noise."""
-    largest = sigma.max() or 1.0
-    axes.set_ylim(max(sigma.min() / 2, NULL_DIRECTION * largest / 100), 2 * largest)
-    axes.set_yscale("log")
+def _log(axes: Axes, sigma: Float[np.ndarray, "*c r"]) -> None:
+    """A log axis with plain numbers, from just below the smallest value, but not far below rounding noise."""
+    largest = sigma.max(initial=0) or 1.0
+    axes.set(yscale="log", ylim=(max(sigma.min(initial=largest) / 2, NULL_DIRECTION * largest / 100), 2 * largest))
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _bars(axes: Axes, heights: Float[np.ndarray, " r"], sigma: Float[np.ndarray, " r"], rank: int) -> None:
-    """One bar a direction, in blue where norm_r keeps it."""
-    kept = gains(sigma, rank) > 0
-    axes.bar(np.arange(1, len(heights) + 1), heights, width=1.0, color=np.where(kept, KEPT, DROPPED))
-    axes.spines[["top", "right"]].set_visible(False)
+def _bars(axes: Axes, heights: Float[np.ndarray, " r"], kept: int) -> None:
+    """One bar a direction, the first `kept` of them in blue."""
+    edges = np.arange(len(heights) + 1) + 0.5
+    for first, end, colour in ((0, kept, KEPT), (kept, len(heights), DROPPED)):
+        if first < end:
+            axes.stairs(heights[first:end], edges[first : end + 1], fill=True, color=colour)
 
 
 def _matrix(axes: Axes, matrix: Float[np.ndarray, "row column"]) -> None:
@@ -411,24 +441,28 @@ def _running_text(tokens: Sequence[str], columns: int) -> list[tuple[int, int, s
 
 
 def _token_panel(axes: Axes, text: list[tuple[int, int, str]], tints: Sequence, columns: int, rows: int, size: float) -> None:
-    """Running text, each token on its tint, as far as it fits."""
+    """Running text, each token on its tint, as far as it fits; a row is written in two strokes, dark ink and white, as every stroke takes time."""
     axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    end = 0
-    for (row, column, shown), tint in zip(text, tints, strict=True):
-        if row == rows:
-            axes.text(end, rows - 0.5, " …", family="monospace", size=size, va="center", color=TEXT)
-            break
-        axes.add_patch(Rectangle((column, row + 0.04), len(shown), 0.92, color=tint, lw=0))
-        axes.text(column, row + 0.5, shown, family="monospace", size=size, va="center", color=_ink(tint), parse_math=False)
-        end = column + len(shown)
+    fitting = [(*place, tint) for place, tint in zip(text, tints, strict=True) if place[0] < rows]
+    corners = [[(x, y + 0.04), (x + len(shown), y + 0.04), (x + len(shown), y + 0.96), (x, y + 0.96)] for y, x, shown, _ in fitting]
+    axes.add_collection(PolyCollection(corners, facecolors=[tint for *_, tint in fitting], lw=0), autolim=False)
+    if len(fitting) < len(text):
+        y, x, shown, _ = fitting[-1]
+        fitting.append((y, x + len(shown), " …", "white"))
+    strokes = {}
+    for y, x, shown, tint in fitting:
+        start, line = strokes.get((y, _ink(tint)), (x, ""))
+        strokes[y, _ink(tint)] = start, line.ljust(x - start) + shown
+    for (y, ink), (x, line) in strokes.items():
+        axes.text(x, y + 0.5, line, family="monospace", size=size, va="center", color=ink, parse_math=False)
 
 
 def _spectrum_panel(axes: Axes, sigma: Float[np.ndarray, " r"], rank: int) -> None:
     """The spectrum before and after the norm on one log axis, relative to the largest value."""
     direction, kept = np.arange(1, len(sigma) + 1), gains(sigma, rank) > 0
     relative = sigma / (sigma.max() or 1.0)
-    _bars(axes, relative, sigma, rank)
+    _bars(axes, relative, int(kept.sum()))
     axes.plot(direction[kept], gains(sigma, rank)[kept], color=RANK, lw=3, solid_capstyle="butt")
     axes.set_xlim(0.5, len(sigma) + 0.5)
     _log(axes, relative)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ipywidgets.widgets.widget import CallbackDispatcher
-from test_spectra import SIGMA, heights
+from test_spectra import SIGMA, heights, read_at, tinted
 
 from minigen import load_generator, load_lm, microscope
 from minigen.evaluation import METHODS, Reader, closed_book
@@ -19,7 +19,6 @@ from minigen.microscope import (
     Surgery,
     answer_and_probability,
     examine,
-    norm_figure,
     operated,
     pieces,
     spectrum_explorer,
@@ -114,7 +113,8 @@ def read(reader: Reader, text: str = TEXT, question: str = "") -> Microscope:
 def painted(figure: Figure) -> tuple[str, list[tuple]]:
     """The text of a token figure, and the colours under it."""
     axes = figure.axes[0]
-    return "".join(text.get_text() for text in axes.texts), [box.get_facecolor() for box in axes.patches]
+    boxes, tints = tinted(axes)
+    return "".join(read_at(axes, box) for box in boxes), tints
 
 
 def colours(share: np.ndarray) -> list[tuple]:
@@ -153,24 +153,6 @@ def test_with_config_leaves_the_reader_alone(reader):
     assert (other.generator.config.norm, other.generator.config.rank) == ("none", 2)
     assert (reader.generator.config.norm, reader.generator.config.rank) == ("svd", 4)
     assert other.generator.by_layer is reader.generator.by_layer
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_norm_figure_shows_what_the_norm_makes_of_S(random, norm):
-    S = random(3, 7, 5)
-    sigma = torch.linalg.svdvals(S).numpy()
-    left, right = NORMS[norm](S[1], 3)
-    before, after = norm_figure(sigma, 3, 1, norm).axes
-    np.testing.assert_allclose(heights(before), sigma[1])
-    np.testing.assert_allclose(heights(after), torch.linalg.svdvals(left @ right.mT), atol=1e-6)
-    assert before.lines[0].get_xdata()[0] == (3 if norm == "svd" else 5) + 0.5
-    assert after.get_ylim()[1] > max(heights(after))
-    assert ("gain one" in after.get_title()) == (norm == "svd")
-
-
-def test_norm_figure_of_nothing():
-    for norm in NORMS:
-        assert heights(norm_figure(np.zeros((2, 5), dtype=np.float32), 3, 1, norm).axes[1]) == [0.0] * 5
 
 
 def test_surgery_leaves_r_directions_a_scale_and_some_layers(reader):

@@ -1,14 +1,16 @@
 """minigen.spectra: the arrays are those of the equations, and the figures show the numbers they were given."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
+from matplotlib.patches import StepPatch
 
+from minigen import generator
 from minigen.evaluation import METHODS
 from minigen.generator import NULL_DIRECTION, Adapter, ContextState, balanced_chunks, block_inputs, svd_norm
 from minigen.spectra import (
@@ -48,7 +50,22 @@ def state(random, *sizes) -> ContextState:
 
 
 def heights(axes) -> list[float]:
-    return [bar.get_height() for bar in axes.patches]
+    """Of the bars, one by one or as the stairs that they make."""
+    return [height for patch in axes.patches for height in (patch.get_data().values if isinstance(patch, StepPatch) else [patch.get_height()])]
+
+
+def tinted(axes) -> tuple[list[tuple[float, float, float]], list]:
+    """The boxes under the tokens of a text as (row, column, width), and their colours."""
+    [boxes] = axes.collections
+    corners = [path.vertices for path in boxes.get_paths()]
+    return [(round(c[:, 1].min() - 0.04), c[:, 0].min(), np.ptp(c[:, 0])) for c in corners], boxes.get_facecolors()
+
+
+def read_at(axes, box: tuple[float, float, float]) -> str:
+    """What stands on a box, whatever ink it was written in."""
+    row, column, width = box
+    lines = [" " * int(text.get_position()[0]) + text.get_text() for text in axes.texts if text.get_position()[1] == row + 0.5]
+    return "".join(max(letters) for letters in zip_longest(*lines, fillvalue=" "))[int(column) : int(column + width)]
 
 
 def marks(axes) -> dict[str, float]:
@@ -284,8 +301,28 @@ def test_spectrum_figure_shows_the_numbers(layer, kept):
 def test_spectrum_figure_marks_both_ranks(layer, rank, numeric):
     for axes in spectrum_figure(SIGMA, rank, layer).axes:
         assert marks(axes) == {f"rank kept: {rank}": rank + 0.5, f"numeric rank: {numeric}": numeric + 0.5}
-        blue = [bar.get_facecolor() == to_rgba(KEPT) for bar in axes.patches]
-        assert blue == [n < min(rank, numeric) for n in range(5)]
+        blue = [bars.get_data().edges.tolist() for bars in axes.patches if bars.get_facecolor() == to_rgba(KEPT)]
+        grey = [bars.get_data().edges.tolist() for bars in axes.patches if bars.get_facecolor() == to_rgba(DROPPED)]
+        edges, kept = [0.5, 1.5, 2.5, 3.5, 4.5, 5.5], min(rank, numeric)
+        assert blue == [edges[: kept + 1]] and grey == [edges[kept:]] * (kept < 5)
+
+
+@pytest.mark.parametrize("norm", generator.NORMS)
+def test_spectrum_figure_shows_what_any_norm_makes_of_S(random, norm):
+    S = random(3, 7, 5)
+    sigma = torch.linalg.svdvals(S).numpy()
+    left, right = generator.NORMS[norm](S[1], 3)
+    before, after = spectrum_figure(sigma, 3, 1, norm).axes
+    np.testing.assert_allclose(heights(before), sigma[1])
+    np.testing.assert_allclose(heights(after), torch.linalg.svdvals(left @ right.mT), atol=1e-6)
+    assert before.lines[0].get_xdata()[0] == (3 if norm == "svd" else 5) + 0.5
+    assert after.get_ylim()[1] > max(heights(after))
+    assert ("gain one" in after.get_title()) == (norm == "svd")
+
+
+@pytest.mark.parametrize("norm", generator.NORMS)
+def test_spectrum_figure_of_nothing(norm):
+    assert heights(spectrum_figure(np.zeros((2, 5), dtype=np.float32), 3, 1, norm).axes[1]) == [0.0] * 5
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
@@ -387,9 +424,9 @@ def test_token_figure_paints_the_shares(layer, direction):
     axes, bar = token_figure(TOKENS, SHARES, layer, direction).axes
     share = SHARES[layer, :, direction - 1]
     limit = np.abs(share).max()
-    assert [text.get_text().strip() for text in axes.texts] == [token.strip() for token in TOKENS]
-    for box, value in zip(axes.patches, share, strict=True):
-        np.testing.assert_allclose(box.get_facecolor(), SIGNED((value + limit) / (2 * limit)))
+    boxes, tints = tinted(axes)
+    assert [read_at(axes, box).strip() for box in boxes] == [token.strip() for token in TOKENS]
+    np.testing.assert_allclose(tints, [SIGNED((value + limit) / (2 * limit)) for value in share])
     np.testing.assert_allclose(bar.get_xlim(), [-limit, limit])
     assert f"direction {direction} of adapted layer {layer}" in axes.get_title("left")
 
@@ -397,12 +434,13 @@ def test_token_figure_paints_the_shares(layer, direction):
 def test_token_figure_sets_running_text_and_breaks_off_a_long_one():
     tokens = [f" word{n}" for n in range(700)]
     axes = token_figure(tokens, np.ones((1, 700, 1)), 0, 1).axes[0]
-    boxes = [(box.get_y(), box.get_x(), box.get_width()) for box in axes.patches]
+    boxes, _ = tinted(axes)
+    assert [read_at(axes, box).strip() for box in boxes] == [token.strip() for token in tokens[: len(boxes)]]
     assert boxes == sorted(boxes)
     assert all(x + width <= axes.get_xlim()[1] for _, x, width in boxes)
     for (row, x, width), (next_row, next_x, _) in pairwise(boxes):
         assert next_x == (x + width if next_row == row else 0)
-    assert axes.texts[-1].get_text() == " …" and len(boxes) < 700
+    assert axes.texts[-1].get_text().endswith(" …") and len(boxes) < 700
     assert all(0 <= text.get_position()[1] <= axes.get_ylim()[0] for text in axes.texts)
 
 
@@ -490,7 +528,7 @@ def test_method_figure_breaks_off_a_long_text(random):
     tokens = figure.axes[0]
     assert "…" in tokens.texts[-1].get_text()
     assert all(0 <= text.get_position()[1] <= tokens.get_ylim()[0] for text in tokens.texts)
-    assert all(box.get_x() + box.get_width() <= tokens.get_xlim()[1] for box in tokens.patches)
+    assert all(x + width <= tokens.get_xlim()[1] for _, x, width in tinted(tokens)[0])
 
 
 @pytest.mark.filterwarnings("error")
