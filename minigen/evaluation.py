@@ -1,18 +1,22 @@
-"""Methods (closed-book, prompting, adapter) x suites (documents, objectives), with what each costs; and the bench."""
+"""Methods (closed-book, prompting, adapter) x suites (documents, objectives), with what each costs; memory by arithmetic, and the bench."""
 
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .generator import Adapter, AdapterGenerator, ContextState
+from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig
 from .models import answer, window
 from .tasks import BadData, Document, Question, answer_recall, exact_match, f1
 from .training import Target, question_prompt, target_losses
@@ -221,12 +225,63 @@ def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
     return {"n": len(tokens), "perplexity": results}
 
 
-def _losses(reader: Reader, tokens: list[int], update: Adapter | None) -> torch.Tensor:
+def _losses(reader: Reader, tokens: list[int], update: Adapter | None) -> Tensor:
     target = [Target(tokens, 1)]
     if update is None:
         return target_losses(reader.lm, 0, target)[0]
     with update.applied_to(reader.lm):
         return target_losses(reader.lm, 0, target)[0]
+
+
+# -------------------------------------------------------------------------------------------------- memory
+
+
+def memory(shape: PretrainedConfig, settings: GeneratorConfig, context: int, targets: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """Bytes that each part of reading a context takes, and of training on target tokens, with an LM of this shape.
+
+    context, targets: how many tokens are read, and how many the adapted LM is trained on, in one step of one device.
+
+    Nothing is loaded: the LM is built and run on fake tensors, which have shapes and dtypes but no memory. Activations are what autograd
+    saves for the backward pass; with checkpointing, the input of every block and what one block saves while it is computed again.
+    """
+    with FakeTensorMode():
+        lm = AutoModelForCausalLM.from_config(deepcopy(shape), dtype=dtype).eval().requires_grad_(False)
+        generator = AdapterGenerator.for_lm(lm, settings)
+        state = ContextState(torch.zeros(len(generator.layers), 1, settings.p, settings.q), torch.tensor([context]))
+
+        def answer_with_adapter() -> Adapter:
+            update = generator.write(state)
+            with update.applied_to(lm):
+                lm(torch.zeros(1, targets, dtype=torch.long), use_cache=False).logits.float().log_softmax(-1)
+            return update
+
+        activations, update = saved_for_backward(answer_with_adapter, [*lm.parameters(), *generator.parameters()])
+        blocks, trained = shape.num_hidden_layers, sum(p.numel() for p in generator.parameters())
+        stream = shape.hidden_size * dtype.itemsize  # of one token
+        return {
+            "LM": sum(p.nbytes for p in lm.parameters()),
+            "generator, fp32": 4 * trained,
+            "streams of the context": len({layer.block for layer in generator.layers}) * context * stream,
+            "state": state.S.nbytes,
+            "adapter": sum(factor.nbytes for side in (update.down, update.up) for factor in side.values()),
+            "gradients and Adam, fp32": 3 * 4 * trained,
+            "activations": activations,
+            "activations, checkpointed": blocks * targets * stream + activations // blocks,
+        }
+
+
+def saved_for_backward(run: Callable[[], object], weights: Sequence[Tensor]) -> tuple[int, object]:
+    """Bytes that autograd keeps of a computation, the weights that it would find anyway left out; and what the computation returned."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    known = {weight.untyped_storage()._cdata for weight in weights}
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in known), result
 
 
 # --------------------------------------------------------------------------------------------------- bench

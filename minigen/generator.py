@@ -161,7 +161,8 @@ def adapted_layers(lm: nn.Module, config: GeneratorConfig) -> list[AdaptedLayer]
     for name, module in lm.named_modules():
         block = re.match(r".*?\.(\d+)(?=\.)", name)
         if block and name.endswith(config.targets) and (config.blocks is None or int(block[1]) in config.blocks):
-            o, i = weight_matrix(module).shape
+            quantised = not module.weight.is_floating_point()  # then the weight's own shape is that of its packing
+            o, i = (module.out_features, module.in_features) if quantised else weight_matrix(module).shape
             found.append(AdaptedLayer(name, block[0], lm.config.hidden_size, i, o))
     if not found:
         linear = {re.sub(r".*\.\d+\.", "", name) for name, m in lm.named_modules() if re.search(r"\.\d+\.", name) and hasattr(m, "weight")}
@@ -278,6 +279,8 @@ class Adapter:
             raise ValueError("an adapter is merged into this LM already; restore it first (to merge two texts, add their states)")
         if self.batch != 1:
             raise ValueError(f"merging needs one adapter, this holds {self.batch}; choose a row first: adapter[[0]]")
+        if not all(lm.get_submodule(name).weight.is_floating_point() for name in self.down):
+            raise ValueError("merging into quantised weights asked, but they hold packed integers; use applied_to, or load the LM without quantisation")
         for name in self.down:
             W = weight_matrix(lm.get_submodule(name))
             lm.get_submodule(name).merged_adapter, self._replaced[name] = True, W.clone()
@@ -323,7 +326,8 @@ class AdapterGenerator(nn.Module):
 
     def contribution(self, H: list[Float[Tensor, "b n h"]], mask: Bool[Tensor, "b n"]) -> ContextState:
         """The state that one chunk adds, from the hidden states of its LM pass (eq. 3)."""
-        S = [outer_products(rms_norm(h, g.norm), g.A2, g.B1, mask) for h, g in zip(H, self.by_layer, strict=True)]
+        home = self.by_layer[0].norm.device  # an LM that is spread over devices leaves its streams on all of them
+        S = [outer_products(rms_norm(h.to(home), g.norm), g.A2, g.B1, mask.to(home)) for h, g in zip(H, self.by_layer, strict=True)]
         return ContextState(torch.stack(S), mask.sum(1))
 
     def read_chunks(

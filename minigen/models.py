@@ -32,10 +32,11 @@ class UnknownLM(ValueError):
     """A language model that cannot be had; its message says what was looked for and what to do."""
 
 
-def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_lm(name: str, dtype: torch.dtype = torch.float32, **placement) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A frozen causal LM and its tokenizer.   name: "smollm2", "toy", a folder, or a hub id; dtype: of the weights.
 
-    Nothing waits for a hub unless `name` is a hub id that is not in the local cache.
+    placement: what transformers is to be told besides, e.g. device_map="auto" (spread over the devices there are) or
+    quantization_config=BitsAndBytesConfig(load_in_4bit=True). Nothing waits for a hub unless `name` is a hub id that is not in the local cache.
     """
     if name == "smollm2":
         source = str(smollm2_folder())
@@ -43,7 +44,7 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
         source = str(DATA / "toy")
     else:
         source = name
-    lm, source = load_weights(source, dtype)
+    lm, source = load_weights(source, dtype, **placement)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -53,12 +54,12 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
     return lm, tokenizer
 
 
-def load_weights(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, str]:
+def load_weights(name: str, dtype: torch.dtype = torch.float32, **placement) -> tuple[PreTrainedModel, str]:
     """A frozen causal LM from a folder or the hub, without its tokenizer, and the folder that it came from."""
     try:
         local = {"etag_timeout": 3, "ignore_patterns": ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]}
         folder = name if Path(name).is_dir() else snapshot_download(name, **local)
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **placement)
     except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UnknownLM(
             f"LM {name!r} asked, but it is neither 'smollm2' or 'toy', nor a folder with a model, nor a hub id within reach "

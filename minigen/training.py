@@ -7,7 +7,9 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .formats import load_generator, save_generator, whole_folder
-from .generator import AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm
+from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm
 from .models import load_lm, padded, word_tokenizer
 from .tasks import (
     DATA,
@@ -103,9 +106,17 @@ class Objective(nn.Module):
     An objective names, for every piece, the targets of the adapter that was written after it; equally many in every document.
     """
 
-    def __init__(self, generator: AdapterGenerator, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, objectives: Iterable[str], pieces: int = 1):
+    def __init__(
+        self,
+        generator: AdapterGenerator,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        objectives: Iterable[str],
+        pieces: int = 1,
+        checkpointing: bool = False,
+    ):
         super().__init__()
-        self.generator, self.objectives, self.pieces = generator, tuple(objectives), pieces
+        self.generator, self.objectives, self.pieces, self.checkpointing = generator, tuple(objectives), pieces, checkpointing
         self._frozen = (lm, tokenizer)  # a tuple, so that the LM is no submodule: neither trained, saved nor synchronised
 
     def forward(self, documents: list[Document], rngs: list[random.Random]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -118,7 +129,7 @@ class Objective(nn.Module):
             made = [OBJECTIVES[kind](document, read, tokenizer, rng) for document, read, rng in zip(documents, pieces, rngs, strict=True)]
             used = [t for t in range(self.pieces) if made[0][t]]
             rows = slice(used[0] * len(documents), (used[-1] + 1) * len(documents))
-            with adapter[rows].applied_to(lm):
+            with adapter[rows].applied_to(lm), blocks_computed_twice(lm, adapter[rows]) if self.checkpointing else nullcontext():
                 losses, _ = target_losses(lm, tokenizer.pad_token_id, [target for t in used for targets in made for target in targets[t]])
             sums[kind] = (losses.sum(), torch.tensor(len(losses), device=losses.device))
         return sums
@@ -129,6 +140,23 @@ class Objective(nn.Module):
         inputs = (padded([row[t] for row in pieces], tokenizer.pad_token_id) for t in range(self.pieces))
         states = list(accumulate(self.generator.read(lm, ids.to(lm.device), mask.to(lm.device)) for ids, mask in inputs))
         return ContextState(torch.cat([state.S for state in states], dim=1), torch.cat([state.tokens for state in states]))
+
+
+@contextmanager
+def blocks_computed_twice(lm: PreTrainedModel, adapter: Adapter):
+    """Within it, the LM keeps only the input of each of its blocks, and computes the rest again for the backward pass (Chen et al. 2016).
+
+    By then the adapter is off, so a block is computed again with it on.
+    """
+    blocks = lm.get_submodule(re.match(r"(.+?)\.\d+\.", next(iter(adapter.down)))[1])
+    again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), adapter.applied_to(lm))}
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, **again)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own is left
 
 
 def mean_losses(sums: dict[str, tuple[Tensor, Tensor]], weights: dict[str, float], accelerator: Accelerator) -> dict[str, Tensor]:
@@ -156,6 +184,7 @@ class Recipe:
 
     mixture: share of each source in a step's contexts.  sentences / facts: sizes of an excerpt / a world document.
     objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  precision: the frozen LM's.
+    checkpointing: keep less for the backward pass and compute it again, a third slower.
     steady: share of the run at full learning rate; it then falls linearly to a twentieth.
     start_from / gain: documents for the start by regression, and how loud it begins.
     """
@@ -165,6 +194,7 @@ class Recipe:
     objectives: dict[str, float]
     pieces: int = 1
     precision: str = "bfloat16"
+    checkpointing: bool = False
     contexts: int = 8
     sentences: tuple[int, int] = (1, 8)
     facts: tuple[int, int] = (1, 8)
@@ -180,9 +210,13 @@ class Recipe:
 
 
 LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
+PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
+TOLD = {"prose": 0.45, "world": 0.3, "closed world": 0.25}
+RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
-    "facts": Recipe(LAPTOP, {"prose": 0.45, "world": 0.3, "closed world": 0.25}, {"answers": 1.0, "reconstruction": 0.2}, facts=(4, 8)),
+    "facts": Recipe(LAPTOP, TOLD, RECALL, facts=(4, 8)),
+    "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
     "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=1.0),
 }
@@ -385,7 +419,7 @@ def train(
     elif not resume:
         rng = random.Random(f"{recipe.seed} start")
         start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)], recipe.gain)
-    objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives, recipe.pieces)
+    objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives, recipe.pieces, recipe.checkpointing)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     if resume:

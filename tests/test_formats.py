@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -255,6 +256,34 @@ def test_peft_gives_the_logits_of_the_hooked_lm(family, targets, tiny_lm, adapte
     assert_close(merged(query).logits, hooked, atol=1e-4, rtol=0)
     for name in one.down:
         assert_close(weight_matrix(merged.get_submodule(name)), weight_matrix(lm.get_submodule(name)) + one.delta(name)[0])
+
+
+def test_the_loras_of_two_texts_add_up_in_peft(llama, tiny_lm, adapter, tokens, tmp_path):
+    both, query = adapter(llama, batch=2), tokens(2, 7)
+    save_peft(both[[0]], tmp_path / "first", llama)
+    save_peft(both[[1]], tmp_path / "second", llama)
+    with both[[0]].applied_to(llama), both[[1]].applied_to(llama):
+        hooked = llama(query).logits
+    loaded = peft.PeftModel.from_pretrained(tiny_lm("llama"), tmp_path / "first", adapter_name="first")
+    loaded.load_adapter(tmp_path / "second", adapter_name="second")
+    loaded.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both", combination_type="cat")
+    loaded.set_adapter("both")
+    assert loaded.peft_config["both"].r == 2 * loaded.peft_config["first"].r
+    assert_close(loaded(query).logits, hooked, atol=1e-4, rtol=0)
+
+
+def test_a_lora_folder_is_laid_out_as_servers_read_it(llama, adapter, tmp_path):
+    """What vLLM's --enable-lora looks at: two files, rank and alpha, and names that end in the modules' own."""
+    save_peft(adapter(llama), tmp_path / "lora", llama)
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["bias"] == "none" and not config.get("use_dora") and not config.get("modules_to_save")
+    modules = {name for name, _ in llama.named_modules()}
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        module, side = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name).groups()
+        assert module in modules and tensor.shape[side == "lora_B"] == config["r"] <= 128
+    assert len(tensors) == 2 * len(config["target_modules"])
 
 
 def test_a_batch_of_two_is_no_lora_folder(llama, adapter, tmp_path):

@@ -307,6 +307,33 @@ def test_gradient_reaches_every_parameter_of_a_trained_generator(any_lm, generat
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
 
 
+class Packed(torch.nn.Module):
+    """A linear layer whose weight is stored as bytes in a shape of its own, as quantised ones are."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.linear = linear.in_features, linear.out_features, [linear]
+        self.weight = torch.nn.Parameter(torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return self.linear[0](x)
+
+
+def test_a_quantised_lm_is_read_and_adapted_but_never_merged_into(tiny_lm, generator_for, tokens):
+    plain, packed = tiny_lm("llama"), tiny_lm("llama")
+    for block in packed.model.layers:
+        block.self_attn.o_proj = Packed(block.self_attn.o_proj)
+    context, query, said = tokens(1, n), tokens(1, 6), []
+    for lm in (plain, packed):
+        generator = generator_for(lm)
+        adapter = generator.write(generator.read(lm, context))
+        with adapter.applied_to(lm):
+            said.append(lm(query).logits)
+    assert torch.equal(*said)
+    with pytest.raises(ValueError, match=r"merging into quantised weights asked.*use applied_to"):
+        adapter.merge_into(packed)
+
+
 # ----------------------------------------------------------------------------------------------- errors
 
 

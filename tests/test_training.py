@@ -7,6 +7,8 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch.testing import assert_close
 from transformers import GPT2Config
 
 from minigen import training
+from minigen.evaluation import saved_for_backward
 from minigen.formats import load_generator
 from minigen.generator import AdapterGenerator, GeneratorConfig
 from minigen.models import load_lm
@@ -153,6 +156,30 @@ def test_the_loss_is_the_weighted_sum_and_reaches_every_parameter(lm_and_tokeniz
     losses["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in objective.parameters())
     assert len(list(objective.parameters())) == len(list(generator.parameters()))  # the LM is not among them
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_blocks_computed_twice_give_the_same_gradients_and_keep_less(family, tiny_lm, generator_for, tokens):
+    lm = tiny_lm(family)
+    generator = generator_for(lm, targets=("mlp.down_proj", "attn.c_proj")).requires_grad_()
+    context, targets = tokens(2, 19), [Target(row, 3) for row in tokens(4, 11).tolist()]
+
+    def losses(how):
+        adapter = generator.write(generator.read(lm, context))
+        with adapter.applied_to(lm), how(lm, adapter):
+            return target_losses(lm, 0, targets)[0].sum()
+
+    found = {}
+    for name, how in {"once": lambda lm, adapter: nullcontext(), "twice": training.blocks_computed_twice}.items():
+        generator.zero_grad()
+        held, loss = saved_for_backward(partial(losses, how), [*lm.parameters(), *generator.parameters()])
+        loss.backward()
+        found[name] = held, loss.item(), [p.grad.clone() for p in generator.parameters()]
+    assert found["twice"][0] < 0.7 * found["once"][0]
+    assert found["twice"][1] == found["once"][1]
+    for twice, once in zip(found["twice"][2], found["once"][2], strict=True):
+        assert_close(twice, once)
+    assert not any("forward" in vars(module) for module in lm.modules())
 
 
 def test_a_batch_without_questions_has_a_finite_loss(lm_and_tokenizer, generator_for):

@@ -1,0 +1,60 @@
+"""minigen.evaluation: what an LM, its generator and their training would need, without any of them, against the real ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES
+from transformers import MistralConfig
+
+from minigen.evaluation import memory, saved_for_backward
+from minigen.generator import GeneratorConfig
+from minigen.training import RECIPES
+
+SETTINGS = GeneratorConfig(targets=("self_attn.o_proj", "attn.c_proj"), p=16, q=12, rank=4)
+
+
+def test_saved_for_backward_counts_every_tensor_once_and_no_weight():
+    weight, x = torch.ones(50, requires_grad=True), torch.ones(50, requires_grad=True)
+    held, result = saved_for_backward(lambda: ((x * weight).exp() * x).sum(), [weight])
+    assert held == 4 * 50 * 2  # x once, though two products need it, and the exponential, though it needs itself
+    result.backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_is_that_of_the_real_thing(family, tiny_lm, generator_for, tokens):
+    lm = tiny_lm(family)
+    generator = generator_for(lm, **{name: getattr(SETTINGS, name) for name in ("targets", "p", "q", "rank")}).requires_grad_()
+    state = generator.read(lm, tokens(1, 19))
+
+    def answer():
+        update = generator.write(state)
+        with update.applied_to(lm):
+            lm(tokens(1, 11), use_cache=False).logits.log_softmax(-1)
+        return update
+
+    activations, update = saved_for_backward(answer, [*lm.parameters(), *generator.parameters()])
+    said = memory(FAMILIES[family], SETTINGS, context=19, targets=11, dtype=torch.float32)
+    assert said["LM"] == sum(p.nbytes for p in lm.parameters())
+    assert said["generator, fp32"] == sum(p.nbytes for p in generator.parameters())
+    assert said["state"] == state.S.nbytes
+    assert said["adapter"] == sum(t.nbytes for t in [*update.down.values(), *update.up.values()])
+    assert said["streams of the context"] == 3 * 19 * 32 * 4
+    assert said["activations"] == pytest.approx(activations, rel=0.1)
+    assert said["activations, checkpointed"] < said["activations"]
+
+
+def test_the_papers_sizes_come_out():
+    said = memory(MistralConfig(vocab_size=32000), RECIPES["mistral-7b"].config, context=1024, targets=256)
+    assert said["LM"] / 2 == pytest.approx(7.24e9, rel=0.01)
+    assert said["generator, fp32"] / 4 == pytest.approx(0.5e9, rel=0.1)  # "about 0.5 B generator parameters, 32 M adapter parameters"
+    assert said["adapter"] / 4 == pytest.approx(32e6, rel=0.1)
+    assert said["state"] == 32 * 1024 * 1024 * 4
+
+
+def test_a_longer_context_changes_the_streams_alone():
+    short = memory(FAMILIES["llama"], SETTINGS, context=19, targets=11)
+    long = memory(FAMILIES["llama"], SETTINGS, context=38, targets=11)
+    assert long == short | {"streams of the context": 2 * short["streams of the context"]}
+    more = memory(FAMILIES["llama"], replace(SETTINGS, p=32), context=19, targets=11)
+    assert more["state"] == 2 * short["state"]
