@@ -15,10 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .evaluation import METHODS, WORDINGS, Reader, bench, evaluate_documents, evaluate_objectives
+from .evaluation import METHODS, WORDINGS, Reader, bench, evaluate_demonstrations, evaluate_documents, evaluate_objectives
 from .formats import BadGenerator, import_official, load_generator, official_config, save_generator, save_peft, whole_file
 from .models import UnknownLM, load_lm, load_weights, window
-from .tasks import DATA, BadData, read_documents, read_paragraphs, read_text
+from .tasks import DATA, BadData, read_demonstrations, read_dialogues, read_documents, read_paragraphs, read_text
 from .training import RECIPES, train, train_toy_lm
 
 out = Console()
@@ -88,14 +88,17 @@ def run_train(asked: argparse.Namespace) -> None:
     out.print(train(asked.recipe, asked.out, asked.lm, asked.minutes, asked.steps, asked.data, asked.resume, asked.generator))
 
 
+SUITES = {"documents": read_documents, "demonstrations": read_demonstrations, "dialogues": read_dialogues}
+
+
 def run_evaluate(asked: argparse.Namespace) -> None:
-    """Score the methods on a file of documents with questions, or the perplexity of raw text."""
+    """Score the methods on documents or dialogues with questions or on tasks shown by examples, or the perplexity of raw text."""
     methods = asked.methods.split(",")
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS)} are known; choose from these")
-    if asked.suite == "documents":
-        items = read_documents(asked.data)
+    if asked.suite in SUITES:
+        items = SUITES[asked.suite](asked.data)
     elif asked.data.suffix in (".json", ".jsonl"):
         items = [document.text for document in read_documents(asked.data)]
     else:
@@ -103,14 +106,16 @@ def run_evaluate(asked: argparse.Namespace) -> None:
     if asked.limit is not None:
         items = random.Random(0).sample(items, min(asked.limit, len(items)))
     it = reader(asked)
-    if asked.suite == "documents":
-        result = evaluate_documents(it, items, methods)
-        table = Table("method", "F1", "95 %", "exact", "recall", "seconds", "TFLOPs", "floats kept")
+    if asked.suite in SUITES:
+        main = "accuracy" if asked.suite == "demonstrations" else "f1"
+        result = (evaluate_demonstrations if asked.suite == "demonstrations" else evaluate_documents)(it, items, methods)
+        table = Table("method", main, "95 %", "em", "recall", "seconds", "TFLOPs", "floats kept")
         for name, r in result["methods"].items():
             low, high = r["ci95"]
-            table.add_row(name, f"{r['f1']}", f"{low}-{high}", f"{r['em']}", f"{r['recall']}", f"{r['seconds']}", f"{r['tflops']}", f"{r['storage_floats']:,}")
+            scores = [f"{r[main]}", f"{low}-{high}", f"{r['em']}", f"{r.get('recall', '')}"]
+            table.add_row(name, *scores, f"{r['seconds']}", f"{r['tflops']}", f"{r['storage_floats']:,}")
         for name, r in result["controls"].items():
-            table.add_row(f"[dim]adapter, {name} context", f"{r['f1']}", "", f"{r['em']}", f"{r['recall']}")
+            table.add_row(f"[dim]adapter, {name} context", f"{r[main]}", "", f"{r.get('em', '')}", f"{r.get('recall', '')}")
     else:
         result = evaluate_objectives(it, items)
         table = Table("objective", "plain LM", "own adapter", "another's adapter", title="perplexity")
@@ -208,8 +213,8 @@ def parser() -> Parser:
     sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint; toy-lm: train the LM in OUT for so many steps more")
 
     sub = verb("evaluate", run_evaluate)
-    sub.add_argument("suite", choices=["documents", "objectives"])
-    sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; for objectives also plain text")
+    sub.add_argument("suite", choices=[*SUITES, "objectives"])
+    sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; a MetaICL folder; for objectives also plain text")
     sub.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     sub.add_argument("--wording", choices=WORDINGS, default=Reader.wording, help="how prompting puts the text and the question")
     sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many documents or paragraphs")

@@ -1,12 +1,12 @@
-"""Methods (closed-book, prompting, adapter) x suites (documents, objectives), with what each costs; memory by arithmetic, and the bench."""
+"""Methods (closed-book, prompting, adapter) x suites (documents, demonstrations, dialogues, objectives), with what each costs; memory by arithmetic, and the bench."""
 
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from operator import add
 
 import torch
@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig
 from .models import answer, window
-from .tasks import BadData, Document, Question, answer_recall, exact_match, f1
-from .training import Target, question_prompt, target_losses
+from .tasks import BadData, Document, Question, answer_recall, exact_match, f1, question_prompt
+from .training import Target, target_losses
 
 NEW_TOKENS = 20
 
@@ -49,12 +49,37 @@ class Reader:
 # ------------------------------------------------------------------------------------------------- methods
 
 
-def closed_book(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
+Decode = Callable[[Reader, Sequence[str]], list[str]]
+
+
+def greedy(reader: Reader, prompts: Sequence[str]) -> list[str]:
+    """What the LM says to every prompt."""
+    return answer(reader.lm, reader.tokenizer, prompts, NEW_TOKENS)
+
+
+def likeliest(options: Sequence[Sequence[str]]) -> Decode:
+    """For every prompt the one of its options that has the lowest loss a token (as MetaICL scores a choice); greedy where it has none."""
+
+    @torch.no_grad()
+    def loss(reader: Reader, prompt: str, option: str) -> float:
+        start = reader.tokenizer(prompt).input_ids
+        target = Target(start + reader.tokenizer(f" {option}\n").input_ids, len(start))
+        return target_losses(reader.lm, reader.tokenizer.pad_token_id, [target])[0].mean().item()
+
+    def choose(reader: Reader, prompts: Sequence[str]) -> list[str]:
+        return [
+            min(given, key=partial(loss, reader, prompt)) if given else greedy(reader, [prompt])[0] for prompt, given in zip(prompts, options, strict=True)
+        ]
+
+    return choose
+
+
+def closed_book(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
     """The plain LM without the text: what it knows, or guesses, anyway."""
-    return answer(reader.lm, reader.tokenizer, [question_prompt(question) for question in questions], NEW_TOKENS)
+    return decode(reader, [question_prompt(question) for question in questions])
 
 
-def prompting(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
+def prompting(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
     """The plain LM with the text in every prompt."""
     wording = WORDINGS[reader.wording or ("led chat" if reader.tokenizer.chat_template else "plain")]
 
@@ -65,20 +90,20 @@ def prompting(reader: Reader, context: str, questions: Sequence[str]) -> list[st
     room = max(1, window(reader.lm) - NEW_TOKENS - around)
     tokens = reader.tokenizer(context).input_ids
     seen = context if len(tokens) <= room else reader.tokenizer.decode(tokens[-room:])
-    return answer(reader.lm, reader.tokenizer, prompts(seen), NEW_TOKENS)
+    return decode(reader, prompts(seen))
 
 
-def adapter(reader: Reader, context: str, questions: Sequence[str]) -> list[str]:
+def adapter(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
     """The LM with the adapter of the text merged into its weights, and the question alone in its prompt."""
     update = reader.adapter(context)
     update.merge_into(reader.lm)
     try:
-        return closed_book(reader, context, questions)
+        return closed_book(reader, context, questions, decode)
     finally:
         update.restore(reader.lm)
 
 
-METHODS: dict[str, Callable[[Reader, str, Sequence[str]], list[str]]] = {"closed-book": closed_book, "prompting": prompting, "adapter": adapter}
+METHODS: dict[str, Callable[..., list[str]]] = {"closed-book": closed_book, "prompting": prompting, "adapter": adapter}
 
 
 def plain_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
@@ -144,12 +169,40 @@ def evaluate_documents(reader: Reader, documents: Sequence[Document], methods: S
 
     The controls ask the adapter method the same questions with an empty, another document's, and a word-shuffled context.
     """
+
+    def ask(method: str, context: str, document: Document) -> list[str]:
+        return METHODS[method](reader, context, [q.text for q in document.questions])
+
+    return _evaluate(reader, documents, methods, controls, ask, score)
+
+
+def evaluate_demonstrations(reader: Reader, tasks: Sequence[Document], methods: Sequence[str]) -> dict:
+    """Put the test's inputs of every task by every method, where the context is its demonstrations; accuracy in percent, the mean over tasks.
+
+    accuracy: of the option with the lowest loss; em: of the greedy answer, as the authors score. Prompting is few-shot prompting.
+    """
+    reader = replace(reader, wording=reader.wording or "plain")
+
+    def choose(method: str, context: str, task: Document) -> list[str]:
+        return METHODS[method](reader, context, [q.text for q in task.questions], likeliest([q.options for q in task.questions]))
+
+    def say(method: str, context: str, task: Document) -> list[str]:
+        return METHODS[method](reader, context, [q.text for q in task.questions])
+
+    result = _evaluate(reader, tasks, methods, True, choose, accuracy)
+    authors = _evaluate(reader, tasks, methods, False, say, accuracy)
+    for name, scores in result["methods"].items():
+        scores["em"] = authors["methods"][name]["accuracy"]
+    return result
+
+
+def _evaluate(reader: Reader, documents: Sequence[Document], methods: Sequence[str], controls: bool, ask: Callable, scored: Callable) -> dict:
     examples, results, control_scores = [], {}, {}
     for name in methods:
         began = time.perf_counter()
-        said = [METHODS[name](reader, d.text, [q.text for q in d.questions]) for d in tqdm(documents, desc=name, unit="document", disable=None)]
+        said = [ask(name, d.text, d) for d in tqdm(documents, desc=name, unit="document", disable=None)]
         seconds = time.perf_counter() - began
-        results[name] = score(documents, said) | {"seconds": round(seconds / max(1, sum(map(len, said))), 4)} | cost(reader, name, documents)
+        results[name] = scored(documents, said) | {"seconds": round(seconds / max(1, sum(map(len, said))), 4)} | cost(reader, name, documents)
         for number, (document, predictions) in enumerate(zip(documents, said, strict=True)):
             examples += [
                 {"document": number, "method": name, "question": q.text, "answers": list(q.answers), "prediction": p, "f1": round(f1(p, q.answers), 1)}
@@ -158,9 +211,17 @@ def evaluate_documents(reader: Reader, documents: Sequence[Document], methods: S
     if controls and "adapter" in methods:
         for name, context in CONTROLS.items():
             shown = enumerate(tqdm(documents, desc=f"control: {name}", unit="document", disable=None))
-            said = [adapter(reader, context(documents, n), [q.text for q in d.questions]) for n, d in shown]
-            control_scores[name] = score(documents, said)
+            control_scores[name] = scored(documents, [ask("adapter", context(documents, n), d) for n, d in shown])
     return {"n": sum(len(d.questions) for d in documents), "methods": results, "controls": control_scores, "examples": examples}
+
+
+def accuracy(tasks: Sequence[Document], predictions: Sequence[Sequence[str]]) -> dict:
+    """The share of outputs that were met, but for case, as the mean over tasks in percent; its bootstrap 95 % interval draws tasks."""
+    right = [
+        statistics.fmean(100.0 * (p.lower() == q.answers[0].lower()) for p, q in zip(said, task.questions, strict=True))
+        for task, said in zip(tasks, predictions, strict=True)
+    ]
+    return {"accuracy": round(statistics.fmean(right), 1), "ci95": _interval(right)}
 
 
 def score(documents: Sequence[Document], predictions: Sequence[Sequence[str]]) -> dict:
@@ -169,14 +230,19 @@ def score(documents: Sequence[Document], predictions: Sequence[Sequence[str]]) -
         (p, q) for document, said in zip(documents, predictions, strict=True) for p, q in zip(said, document.questions, strict=True)
     ]
     f1s = [f1(p, q.answers) for p, q in pairs]
-    rng = random.Random(0)
-    resampled = sorted(statistics.fmean(rng.choices(f1s, k=len(f1s))) for _ in range(1000))
     return {
         "f1": round(statistics.fmean(f1s), 1),
         "em": round(statistics.fmean(exact_match(p, q.answers) for p, q in pairs), 1),
         "recall": round(statistics.fmean(answer_recall(p, q.answers) for p, q in pairs), 1),
-        "ci95": [round(resampled[25], 1), round(resampled[974], 1)],
+        "ci95": _interval(f1s),
     }
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    """The bootstrap 95 % interval of a mean."""
+    rng = random.Random(0)
+    resampled = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(1000))
+    return [round(resampled[25], 1), round(resampled[974], 1)]
 
 
 def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:

@@ -330,7 +330,7 @@ def _slider(description: str, value: int, least: int, most: int) -> IntSlider:
 
 def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
 
 

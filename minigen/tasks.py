@@ -16,10 +16,11 @@ DATA = Path(__file__).parent.parent / "data"
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a document, and every answer that counts as right (the first is the one trained on)."""
+    """A question about a document, every answer that counts as right (the first is the one trained on), and what there is to choose from, if anything."""
 
     text: str
     answers: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Document:
 
 class BadData(ValueError):
     """A file that cannot be used; its message names the file, the place and the remedy."""
+
+
+def question_prompt(question: str) -> str:
+    """How a question is put to the LM, with an adapter or without."""
+    return f"Question: {question}\nAnswer:"
 
 
 # ------------------------------------------------------------------------------------------------ values
@@ -231,38 +237,88 @@ def read_documents(path: str | Path) -> list[Document]:
         squad = json.loads(text)
         records = [p for article in squad["data"] for p in article["paragraphs"]] if "data" in squad else [squad]
     except json.JSONDecodeError:
-        records = _json_lines(path, text)
+        records = [record for _, record in _json_lines(path, text)]
     except (KeyError, TypeError) as error:
         raise BadData(f"{path}: field {error} is missing or of the wrong type; expected SQuAD's data / paragraphs / context, qas") from None
     if not records:
         raise BadData(f"{path}: no documents in it; expected at least one context with questions")
-    return [_squad_document(path, number, record) for number, record in enumerate(records, 1)]
+    return [_squad_document(f"{path}, document {number}", record) for number, record in enumerate(records, 1)]
 
 
-def _json_lines(path, text: str) -> list:
+def _json_lines(path, text: str) -> list[tuple[str, object]]:
+    """Every record, with the file and the line where it stands."""
     records = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            records += [json.loads(line)] if line.strip() else []
+            records += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
             raise BadData(f"{path}, line {number}: not JSON ({error.msg}); write one object a line") from None
     return records
 
 
-def _squad_document(path, number: int, record) -> Document:
-    def need(value, field: str, kind: type, holder: str):
-        if not isinstance(value, dict) or not isinstance(value.get(field), kind) or not value[field]:
-            found = type(value.get(field)).__name__ if isinstance(value, dict) and field in value else "nothing"
-            raise BadData(f"{path}, document {number}: {holder} needs a {kind.__name__} {field!r} that is not empty, found {found}")
-        return value[field]
+def _need(where: str, value, field: str, kind: type, holder: str = "it"):
+    """A field that has to be there, of its type and not empty."""
+    if not isinstance(value, dict) or not isinstance(value.get(field), kind) or not value[field]:
+        found = type(value.get(field)).__name__ if isinstance(value, dict) and field in value else "nothing"
+        raise BadData(f"{where}: {holder} needs a {kind.__name__} {field!r} that is not empty, found {found}")
+    return value[field]
 
-    questions = []
-    for qa in need(record, "qas", list, "it"):
-        answers = [a["text"] if isinstance(a, dict) and "text" in a else a for a in need(qa, "answers", list, "a question")]
-        if not all(isinstance(a, str) for a in answers):
-            raise BadData(f"{path}, document {number}: 'answers' must be strings or {{'text': string}}, found {answers[0]!r}")
-        questions.append(Question(need(qa, "question", str, "a question"), tuple(answers)))
-    return Document(need(record, "context", str, "it"), tuple(questions))
+
+def _answers(where: str, record, holder: str) -> tuple[str, ...]:
+    answers = [a["text"] if isinstance(a, dict) and "text" in a else a for a in _need(where, record, "answers", list, holder)]
+    if not all(isinstance(a, str) for a in answers):
+        raise BadData(f"{where}: 'answers' must be strings or {{'text': string}}, found {answers[0]!r}")
+    return tuple(answers)
+
+
+def _squad_document(where: str, record) -> Document:
+    asked = _need(where, record, "qas", list)
+    questions = tuple(Question(answers=_answers(where, qa, "a question"), text=_need(where, qa, "question", str, "a question")) for qa in asked)
+    return Document(_need(where, record, "context", str), questions)
+
+
+def read_dialogues(path: str | Path) -> list[Document]:
+    """Conversations with questions: JSON lines {"sessions": [[{"speaker", "text"}]], "question", "answers"}; lines with the same sessions in one."""
+    asked: dict[str, list[Question]] = {}
+    for where, record in _json_lines(path, read_text(path)):
+        sessions = _need(where, record, "sessions", list)
+        if not all(isinstance(session, list) and session for session in sessions):
+            raise BadData(f"{where}: every session must be a list of turns that is not empty, as [{{'speaker', 'text'}}]")
+        turns = [[f"{_need(where, turn, 'speaker', str, 'a turn')}: {_need(where, turn, 'text', str, 'a turn')}" for turn in s] for s in sessions]
+        text = "\n\n".join("\n".join(session) for session in turns)
+        asked.setdefault(text, []).append(Question(_need(where, record, "question", str), _answers(where, record, "it")))
+    return [Document(text, tuple(questions)) for text, questions in asked.items()]
+
+
+def read_demonstrations(folder: str | Path) -> list[Document]:
+    """Tasks shown by examples, a MetaICL folder: TASK/TASK_K_SEED_train.jsonl and ..._test.jsonl, lines {"task", "input", "output", "options"}.
+
+    A document for every K and seed of a task: the demonstrations as questions with their answers; the test's inputs are its questions.
+    """
+    folder = Path(folder)
+    shown = sorted(path for path in folder.glob("*/*_train.jsonl") if re.fullmatch(r".+_\d+_\d+_train\.jsonl", path.name))
+    if not shown:
+        raise BadData(f"{folder}: no demonstrations in it; expected TASK/TASK_K_SEED_train.jsonl and TASK/TASK_K_SEED_test.jsonl")
+    documents = []
+    for path in shown:
+        demonstrations = _examples(path)
+        text = "\n\n".join(f"{question_prompt(example.text)} {example.answers[0]}" for example in demonstrations)
+        documents.append(Document(text, tuple(_examples(path.with_name(path.name.replace("_train.jsonl", "_test.jsonl"))))))
+    return documents
+
+
+def _examples(path: Path) -> list[Question]:
+    examples = []
+    for where, record in _json_lines(path, read_text(path)):
+        if (task := _need(where, record, "task", str)) != path.parent.name:
+            raise BadData(f"{where}: task {task!r} in the folder of {path.parent.name!r}; keep the examples of each task in a folder of its name")
+        output, options = _need(where, record, "output", str), record.get("options", [])
+        if not isinstance(options, list) or not all(isinstance(option, str) and option for option in options):
+            raise BadData(f"{where}: 'options' must be a list of strings that are not empty, found {options!r}")
+        if options and output not in options:
+            raise BadData(f"{where}: 'output' {output!r} is none of the 'options' {options}")
+        examples.append(Question(_need(where, record, "input", str), (output,), tuple(options)))
+    return examples
 
 
 def read_paragraphs(path: str | Path, shortest: int = 200) -> list[str]:

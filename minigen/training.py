@@ -32,6 +32,7 @@ from .tasks import (
     Question,
     cloze,
     excerpt,
+    question_prompt,
     read_documents,
     read_paragraphs,
     read_prose,
@@ -51,11 +52,6 @@ class Target:
 
     tokens: list[int]
     start: int
-
-
-def question_prompt(question: str) -> str:
-    """How a question is put to the LM, with an adapter or without."""
-    return f"Question: {question}\nAnswer:"
 
 
 def answers(document: Document, pieces: list[list[int]], tokenizer, rng: random.Random, count: int = 4) -> list[list[Target]]:

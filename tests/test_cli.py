@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from minigen import evaluation, training
 from minigen.__main__ import main
-from minigen.evaluation import CONTROLS, METHODS, WORDINGS, Reader
+from minigen.evaluation import CONTROLS, METHODS, WORDINGS, Reader, likeliest
 from minigen.formats import WEIGHTS, load_generator, save_generator
 from minigen.generator import GeneratorConfig
 from minigen.models import answer, last_tokens, load_lm
@@ -52,6 +52,14 @@ def here(tmp_path, lm_folder, tiny_lm, generator_for, monkeypatch):
     Path("latin.txt").write_bytes("café".encode("latin-1"))
     records = [json.dumps({"context": d.text, "qas": [{"question": q.text, "answers": q.answers} for q in d.questions[:2]]}) for d in dev_documents()]
     Path("dev.jsonl").write_text("\n".join(records))
+    talk = [[{"speaker": "A", "text": "I keep bees."}, {"speaker": "B", "text": "How many?"}], [{"speaker": "A", "text": "Nine hives."}]]
+    said = [{"sessions": talk, "question": q, "answers": [a]} for q, a in (("What does A keep?", "bees"), ("How many hives?", "nine"))]
+    Path("talk.jsonl").write_text("\n".join(map(json.dumps, said)))
+    for task, options in (("colour", ["red", "blue"]), ("capital", [])):
+        Path("tasks", task).mkdir(parents=True)
+        for part, inputs in (("train", "ab"), ("test", "cde")):
+            lines = [{"task": task, "input": f"What of {x}?", "output": "red", "options": options} for x in inputs]
+            Path("tasks", task, f"{task}_2_13_{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     Path("broken.jsonl").write_text(records[0] + '\n{"context": ')
     return tmp_path
 
@@ -111,6 +119,8 @@ BAD = [
     (f"evaluate documents {EVALUATE} --data dev.jsonl --limit few", "--limit: invalid int value: 'few'"),
     (f"evaluate objectives {EVALUATE} --data empty.txt", "empty.txt: the file is empty"),
     (f"evaluate poems {EVALUATE} --data dev.jsonl", "'poems'.*documents"),
+    (f"evaluate demonstrations {EVALUATE} --data folder", "folder: no demonstrations in it; expected TASK/TASK_K_SEED_train.jsonl"),
+    (f"evaluate dialogues {EVALUATE} --data dev.jsonl", "dev.jsonl, line 1: it needs a list 'sessions'"),
     ("export --lm lm --generator generator --out out --context latin.txt", "latin.txt: not UTF-8"),
     ("export --lm lm --generator foreign --out out --context text.txt", "foreign: made for another"),
     ("train toy-lm --out out --minutes 1", "toy-lm.*--steps"),
@@ -256,6 +266,40 @@ def test_evaluate_some_methods_on_a_sample(minigen):
     assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods closed-book --limit 2")[0] == 0
     found = result()
     assert (found["n"], list(found["methods"]), found["controls"]) == (4, ["closed-book"], {})
+
+
+def test_evaluate_dialogues(minigen):
+    assert minigen(f"evaluate dialogues {EVALUATE} --data talk.jsonl")[::2] == (0, "")
+    found = result()
+    assert (found["suite"], found["n"]) == ("dialogues", 2) and found["methods"].keys() == METHODS.keys()
+    assert found["methods"]["adapter"].keys() >= {"f1", "em", "ci95", "seconds", "tflops", "storage_floats"}
+
+
+def test_evaluate_demonstrations(minigen):
+    assert minigen(f"evaluate demonstrations {EVALUATE} --data tasks")[::2] == (0, "")
+    found = result()
+    assert (found["suite"], found["n"]) == ("demonstrations", 6) and found["controls"].keys() == CONTROLS.keys()
+    for name, scores in found["methods"].items():
+        assert scores.keys() >= {"accuracy", "em", "ci95", "seconds", "tflops", "storage_floats"}
+        examples = [example for example in found["examples"] if example["method"] == name]
+        chosen = [example["prediction"] for example in examples if example["document"] == 1]  # "colour" comes second
+        assert len(examples) == 6 and {*chosen} <= {"red", "blue"}
+        right = [example["prediction"].lower() == "red" for example in examples]
+        assert scores["accuracy"] == pytest.approx(100 * sum(right) / 6, abs=0.051)
+
+
+def test_the_likeliest_option_is_the_one_with_the_lowest_loss(here, generator_for):
+    lm, tokenizer = load_lm("lm")
+    reader = Reader(lm, tokenizer, generator_for(lm))
+    prompt, options = question_prompt("What of a?"), ["red", "blue and grey", "a pale green"]
+
+    def mean_log_probability(option: str) -> float:
+        start, said = tokenizer(prompt).input_ids, tokenizer(f" {option}\n").input_ids
+        logits = lm(torch.tensor([start + said])).logits[0, len(start) - 1 : -1].log_softmax(-1)
+        return logits[range(len(said)), said].mean().item()
+
+    chosen = METHODS["closed-book"](reader, "", ["What of a?", "Who?"], likeliest([options, []]))
+    assert chosen == [max(options, key=mean_log_probability), *METHODS["closed-book"](reader, "", ["Who?"])]
 
 
 def test_evaluate_objectives(minigen):

@@ -25,6 +25,8 @@ from minigen.tasks import (
     f1,
     open_value,
     prose_document,
+    read_demonstrations,
+    read_dialogues,
     read_documents,
     read_paragraphs,
     read_prose,
@@ -300,6 +302,91 @@ def test_malformed_documents_are_refused_with_file_and_place(content, message, f
     with pytest.raises(BadData, match=f"given.json.*{message}") as refusal:
         read_documents(file(content))
     assert "\n" not in str(refusal.value)
+
+
+TALK = {"sessions": [[{"speaker": "A", "text": "I keep bees."}], [{"speaker": "B", "text": "Nine hives."}]], "question": "Who?", "answers": ["A"]}
+
+
+def test_dialogues_with_the_same_sessions_are_one_document(tmp_path):
+    other = TALK | {"sessions": TALK["sessions"][:1]}
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, [TALK, other, TALK | {"question": "How many?", "answers": ["nine", "9"]}])))
+    both, first = read_dialogues(tmp_path / "talk.jsonl")
+    assert both == Document("A: I keep bees.\n\nB: Nine hives.", (Question("Who?", ("A",)), Question("How many?", ("nine", "9"))))
+    assert first.text == "A: I keep bees." and len(first.questions) == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (TALK | {"sessions": []}, "line 2: it needs a list 'sessions' that is not empty, found list"),
+        (TALK | {"sessions": "A: hello"}, "line 2: it needs a list 'sessions' that is not empty, found str"),
+        (TALK | {"sessions": [[]]}, "line 2: every session must be a list of turns that is not empty"),
+        (TALK | {"sessions": [["hello"]]}, "line 2: a turn needs a str 'speaker' that is not empty, found nothing"),
+        (TALK | {"sessions": [[{"speaker": "A", "text": 3}]]}, "line 2: a turn needs a str 'text' that is not empty, found int"),
+        (TALK | {"question": ""}, "line 2: it needs a str 'question'"),
+        (TALK | {"answers": [3]}, "line 2: 'answers' must be strings"),
+        ([], "line 2: it needs a list 'sessions'"),
+    ],
+)
+def test_a_malformed_dialogue_is_named(record, message, tmp_path):
+    (tmp_path / "talk.jsonl").write_text(f"{json.dumps(TALK)}\n{json.dumps(record)}")
+    with pytest.raises(BadData, match=rf"talk\.jsonl, {message}"):
+        read_dialogues(tmp_path / "talk.jsonl")
+
+
+SHOWN = {"task": "colour", "input": "a rose", "output": "red", "options": ["red", "blue"]}
+
+
+@pytest.fixture
+def task_files(tmp_path):
+    """A function: the lines of a task's test file -> the folder of its tasks."""
+
+    def write(*lines, name="colour_2_13"):
+        (tmp_path / "colour").mkdir(exist_ok=True)
+        (tmp_path / "colour" / f"{name}_train.jsonl").write_text("\n".join(map(json.dumps, [SHOWN, SHOWN | {"input": "the sea", "output": "blue"}])))
+        (tmp_path / "colour" / f"{name}_test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return tmp_path
+
+    return write
+
+
+def test_demonstrations_become_a_document_whose_questions_are_the_test(task_files):
+    plain = {"task": "colour", "input": "snow", "output": "white"}
+    [document] = read_demonstrations(task_files(SHOWN, plain | {"options": []}, plain))
+    assert document.text == "Question: a rose\nAnswer: red\n\nQuestion: the sea\nAnswer: blue"
+    assert document.questions == (Question("a rose", ("red",), ("red", "blue")), *[Question("snow", ("white",))] * 2)
+
+
+def test_every_seed_and_size_of_a_task_is_a_document(task_files):
+    task_files(SHOWN)
+    task_files(SHOWN, SHOWN, name="colour_16_21")
+    assert [len(document.questions) for document in read_demonstrations(task_files(SHOWN, name="colour_2_13"))] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (SHOWN | {"task": "capital"}, "line 2: task 'capital' in the folder of 'colour'"),
+        (SHOWN | {"input": ["a rose"]}, "line 2: it needs a str 'input' that is not empty, found list"),
+        ({"task": "colour", "input": "a rose"}, "line 2: it needs a str 'output' that is not empty, found nothing"),
+        (SHOWN | {"options": "red"}, "line 2: 'options' must be a list of strings"),
+        (SHOWN | {"options": ["red", ""]}, "line 2: 'options' must be a list of strings"),
+        (SHOWN | {"output": "green"}, "line 2: 'output' 'green' is none of the 'options'"),
+    ],
+)
+def test_a_malformed_example_is_named(record, message, task_files):
+    with pytest.raises(BadData, match=rf"colour_2_13_test\.jsonl, {message}"):
+        read_demonstrations(task_files(SHOWN, record))
+
+
+def test_a_test_without_a_file_or_without_lines_is_named(task_files):
+    folder = task_files(SHOWN)
+    (folder / "colour" / "colour_2_13_test.jsonl").write_text("\n")
+    with pytest.raises(BadData, match=r"colour_2_13_test\.jsonl: the file is empty"):
+        read_demonstrations(folder)
+    (folder / "colour" / "colour_2_13_test.jsonl").unlink()
+    with pytest.raises(BadData, match=r"colour_2_13_test\.jsonl: no such file"):
+        read_demonstrations(folder)
 
 
 @pytest.mark.parametrize("read", [read_text, read_documents, read_paragraphs])
