@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from pydoc_data.topics import topics as pydoc_topics
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -103,8 +104,8 @@ VALUES = {"open": open_value, "closed": closed_value}
 
 
 @cache
-def _relations() -> tuple[dict, ...]:
-    return tuple(json.loads(line) for line in (DATA / "world.jsonl").read_text().splitlines())
+def _relations(file: str) -> tuple[dict, ...]:
+    return tuple(json.loads(line) for line in (DATA / file).read_text().splitlines())
 
 
 def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: str = "open") -> Document:
@@ -117,7 +118,7 @@ def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: 
     while len(told) < count:
         about = rng.choice(("person", "person", "place", "organisation", "product", "event"))
         subject = open_value(about, rng)
-        own = [relation for relation in _relations() if relation["about"] == about]
+        own = [relation for relation in _relations("world.jsonl") if relation["about"] == about]
         for relation in rng.sample(own, min(rng.randint(1, 4), count - len(told))):
             told.append((subject, relation, VALUES[values](relation["value"], rng)))
     rng.shuffle(told)
@@ -132,6 +133,42 @@ def tell(facts: Sequence[tuple[str, dict, str]], rng: random.Random) -> Document
 
 def _capital(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
+
+
+REPLIES = (
+    "Really? Tell me more. / Oh, I did not know that. / That sounds good to me. / How nice! / And how was it? / I am sorry, go on. / You never told me. / "
+    "No, is that so? / Ha, that is just like you. / I have to think about that. / Good to hear from you. / Let us talk about it on Sunday. / Well, well."
+).split(" / ")
+
+
+def world_dialogue(rng: random.Random, facts: tuple[int, int] = (4, 8)) -> Document:
+    """Two speakers who tell each other about themselves in two or three sessions, one question a fact; who said it matters as much as what.
+
+    Speakers are numbered, as in Multi-Session Chat, or have fresh names.
+    """
+    speakers = rng.choice([("Speaker 1", "Speaker 2"), (invented_word(rng), invented_word(rng))])
+    told = [(rng.choice(speakers), relation, open_value(relation["value"], rng)) for relation in rng.sample(_relations("talk.jsonl"), rng.randint(*facts))]
+    again = [(*(s for s in speakers if s != speaker), relation, open_value(relation["value"], rng)) for speaker, relation, _ in told if rng.random() < 0.3]
+    told = rng.sample(told + again, len(told))
+    breaks = set(rng.sample(range(1, len(told)), min(rng.randint(1, 2), len(told) - 1)))
+    lines = []
+    for n, (speaker, relation, value) in enumerate(told):
+        lines += [""] * (n in breaks) + [f"{speaker}: {rng.choice(relation['says']).format(v=value)}"]
+        if rng.random() < 0.4:
+            lines.append(f"{speakers[speaker == speakers[0]]}: {rng.choice(REPLIES)}")
+    return Document("\n".join(lines), tuple(Question(rng.choice(r["asks"]).format(s=s), (v,)) for s, r, v in told))
+
+
+def world_task(rng: random.Random) -> Document:
+    """A task shown by examples: sort things into kinds, by the kinds' own names or by words that mean nothing else; new things are the questions."""
+    kinds = rng.sample(["person", "place", "title", "thing", "year", "date", "code", "product", "event"], rng.randint(2, 4))
+    named = rng.random() < 0.5
+    labels = {kind: kind if named else invented_word(rng).lower() for kind in kinds}
+    shown = [kind for kind in kinds for _ in range(rng.randint(1, 3))]
+    rng.shuffle(shown)
+    text = "\n\n".join(f"{question_prompt(open_value(kind, rng))} {labels[kind]}" for kind in shown)
+    asked = [rng.choice(kinds) for _ in range(8)]
+    return Document(text, tuple(Question(open_value(kind, rng), (labels[kind],), tuple(labels.values())) for kind in asked))
 
 
 @cache
@@ -334,6 +371,12 @@ def read_paragraphs(path: str | Path, shortest: int = 200) -> list[str]:
     if not found:
         raise BadData(f"{path}: no paragraph of at least {shortest} characters; give a longer text")
     return found
+
+
+def package_text(shortest: int = 200) -> list[str]:
+    """Raw text that comes with Python: the paragraphs of its manual (pydoc's topics) that are prose, not code or grammar."""
+    parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", "\n\n".join(pydoc_topics.values()))]
+    return [part for part in parts if len(part) >= shortest and re.match(r"[A-Z][a-z]* [a-z]", part) and ">>>" not in part]
 
 
 # --------------------------------------------------------------------------------------------------- metrics

@@ -32,6 +32,7 @@ from .tasks import (
     Question,
     cloze,
     excerpt,
+    package_text,
     question_prompt,
     read_documents,
     read_paragraphs,
@@ -40,7 +41,9 @@ from .tasks import (
     toy_vocabulary,
     toy_world,
     varied_prose,
+    world_dialogue,
     world_document,
+    world_task,
 )
 
 # ------------------------------------------------------------------------------------------------- objectives
@@ -178,7 +181,7 @@ def cut(tokens: list[int], pieces: int) -> list[list[int]]:
 class Recipe:
     """Everything that decides a training run but the LM and the time it gets.
 
-    mixture: share of each source in a step's contexts.  sentences / facts: sizes of an excerpt / a world document.
+    mixture: share of each source in a step's contexts.  sentences / facts / paragraphs: sizes of an excerpt / a world document or dialogue / a raw text.
     objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  precision: the frozen LM's.
     checkpointing: keep less for the backward pass and compute it again, a third slower.
     steady: share of the run at full learning rate; it then falls linearly to a twentieth.
@@ -194,6 +197,7 @@ class Recipe:
     contexts: int = 8
     sentences: tuple[int, int] = (1, 8)
     facts: tuple[int, int] = (1, 8)
+    paragraphs: tuple[int, int] = (1, 4)
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
@@ -212,13 +216,21 @@ TOLD = {"prose": 0.45, "world": 0.3, "closed world": 0.25}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
     "facts": Recipe(LAPTOP, TOLD, RECALL, facts=(4, 8)),
+    "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
+    "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
     "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=1.0),
 }
 
 
-FILES = {"prose": "data/prose", "world": "data/world.jsonl", "closed world": "data/world.jsonl", "toy world": "data/toy_world.json"}
+FILES = {
+    "prose": ["data/prose"],
+    "world": ["data/world.jsonl"],
+    "closed world": ["data/world.jsonl"],
+    "dialogues": ["data/talk.jsonl"],
+    "toy world": ["data/toy_world.json"],
+}
 POOL = 4
 
 
@@ -228,9 +240,8 @@ class Source:
     def __init__(self, recipe: Recipe, files: list[str]):
         self.recipe = recipe
         self.prose = read_prose(sorted((DATA / "prose").glob("*.jsonl")))
-        self.text = [paragraph for file in files for paragraph in read_paragraphs(file)]
-        if "text" in recipe.mixture and not self.text:
-            raise BadData("this recipe reads raw text, but no file was named; add --data FILE")
+        self.text = [paragraph for file in files for paragraph in read_paragraphs(file)] if files else package_text()
+        self.raw = [Path(file).name for file in files] or ["pydoc_data.topics"]
 
     def document(self, rng: random.Random, whole: bool = False) -> Document:
         kind = rng.choices(list(self.recipe.mixture), list(self.recipe.mixture.values()))[0]
@@ -240,7 +251,13 @@ class Source:
         if kind == "toy world":
             return toy_document(rng, self.recipe.facts)
         if kind == "text":
-            return Document(rng.choice(self.text), ())
+            start = rng.randrange(len(self.text))
+            text = " ".join(self.text[start : start + rng.randint(*self.recipe.paragraphs)])
+            return Document(text, tuple(cloze(text, rng) for _ in range(4)))
+        if kind == "dialogues":
+            return world_dialogue(rng, self.recipe.facts)
+        if kind == "tasks":
+            return world_task(rng)
         return world_document(rng, self.recipe.facts, "closed" if kind == "closed world" else "open")
 
     def held_out(self) -> list[Document]:
@@ -473,7 +490,7 @@ def train(
             "recipe": recipe_name,
             "begin": str(begin) if begin else "regression",
             "settings": asdict(recipe),
-            "data": [*dict.fromkeys(FILES[kind] for kind in recipe.mixture if kind in FILES), *(Path(file).name for file in files or [])],
+            "data": [*dict.fromkeys(name for kind in recipe.mixture for name in (source.raw if kind == "text" else FILES.get(kind, ())))],
             "steps": progress.step,
             "contexts": progress.contexts,
             "minutes": round(progress.seconds / 60, 1),

@@ -32,7 +32,9 @@ from minigen.tasks import (
     read_prose,
     read_text,
     varied_prose,
+    world_dialogue,
     world_document,
+    world_task,
 )
 
 PROSE = read_prose(sorted((DATA / "prose").glob("*.jsonl")))
@@ -302,6 +304,28 @@ def test_malformed_documents_are_refused_with_file_and_place(content, message, f
     with pytest.raises(BadData, match=f"given.json.*{message}") as refusal:
         read_documents(file(content))
     assert "\n" not in str(refusal.value)
+
+
+@given(st.integers(0, 10_000))
+def test_a_dialogue_has_sessions_turns_and_one_right_answer_a_question(seed):
+    document = world_dialogue(random.Random(seed), facts=(4, 8))
+    sessions = document.text.split("\n\n")
+    turns = [line.split(": ", 1) for session in sessions for line in session.split("\n")]
+    assert 2 <= len(sessions) <= 3 and len({speaker for speaker, _ in turns}) <= 2
+    assert 4 <= len(document.questions) <= 8
+    for question in document.questions:
+        told = [speaker for speaker, said in turns if question.answers[0] in said]
+        assert told and any(speaker in question.text for speaker in told)
+
+
+@given(st.integers(0, 10_000))
+def test_a_task_shows_every_label_and_asks_about_new_things(seed):
+    document = world_task(random.Random(seed))
+    shown = re.findall(r"Question: (.+)\nAnswer: (.+)", document.text)
+    labels = document.questions[0].options
+    assert {label for _, label in shown} == {*labels} and 2 <= len(labels) <= 4
+    for question in document.questions:
+        assert question.options == labels and question.answers[0] in labels
 
 
 TALK = {"sessions": [[{"speaker": "A", "text": "I keep bees."}], [{"speaker": "B", "text": "Nine hives."}]], "question": "Who?", "answers": ["A"]}

@@ -23,7 +23,7 @@ from minigen.evaluation import saved_for_backward
 from minigen.formats import load_generator
 from minigen.generator import AdapterGenerator, GeneratorConfig
 from minigen.models import load_lm
-from minigen.tasks import DATA, BadData, Document, Question, read_documents, world_document
+from minigen.tasks import DATA, Document, Question, read_documents, world_document
 from minigen.training import (
     RECIPES,
     Recipe,
@@ -193,7 +193,7 @@ def test_a_batch_without_questions_has_a_finite_loss(lm_and_tokenizer, generator
 # ---------------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("mixture", [{"prose": 0.6, "world": 0.4}, {"closed world": 1.0}, {"toy world": 1.0}, {"text": 1.0}])
+@pytest.mark.parametrize("mixture", [{"prose": 0.6, "world": 0.4}, {"closed world": 1.0}, {"dialogues": 0.5, "tasks": 0.5}, {"toy world": 1.0}, {"text": 1.0}])
 def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
     recipe, files = Recipe(TINY, mixture, {"answers": 1.0}), [str(DATA / "documents" / "lighthouse.txt")]
     one, other = Source(recipe, files), Source(recipe, files)
@@ -209,9 +209,17 @@ def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
         assert len({tuple(one.batch(step)[0]) for step in range(8)}) == 8
 
 
-def test_raw_text_has_to_be_named():
-    with pytest.raises(BadData, match="add --data FILE"):
-        Source(Recipe(TINY, {"text": 1.0}, {"reconstruction": 1.0}), [])
+def test_raw_text_that_nobody_named_is_pythons_manual(tmp_path):
+    recipe = Recipe(TINY, {"text": 1.0}, {"reconstruction": 1.0}, paragraphs=(2, 3))
+    source = Source(recipe, [])
+    assert source.raw == ["pydoc_data.topics"] and len(source.text) > 400
+    assert all(len(part) >= 200 and "\n" not in part for part in source.text)
+    text = "\n\n".join(f"Paragraph {n} tells of {n} ships. " + "They all sailed to Brackwell in the spring. " * 5 for n in range(9))
+    (tmp_path / "mine.txt").write_text(text)
+    mine = Source(recipe, [str(tmp_path / "mine.txt")])
+    document = mine.document(random.Random(0))
+    assert mine.raw == ["mine.txt"] and 2 <= document.text.count("Paragraph") <= 3
+    assert len(document.questions) == 4 and all(q.answers[0] in document.text for q in document.questions)
 
 
 def test_the_rate_warms_up_stays_and_falls():
