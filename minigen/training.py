@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,10 +51,14 @@ from .tasks import (
 
 @dataclass(frozen=True)
 class Target:
-    """Tokens that the LM must predict with the adapter of a context on: tokens[start:], given the tokens before them."""
+    """Tokens that the LM must predict with the adapter of a context on: tokens[start:], given the tokens before them.
+
+    seen: what its teacher has before them, where it learns from the same LM with the context in its prompt.
+    """
 
     tokens: list[int]
     start: int
+    seen: tuple[int, ...] = ()
 
 
 def answers(document: Document, pieces: list[list[int]], tokenizer, rng: random.Random, count: int = 4) -> list[list[Target]]:
@@ -85,18 +89,41 @@ def completion(document: Document, pieces: list[list[int]], tokenizer, rng: rand
     return [[Target(following, 1)] for following in pieces[1:]] + [[]]
 
 
-OBJECTIVES: dict[str, Callable[..., list[list[Target]]]] = {"answers": answers, "reconstruction": reconstruction, "completion": completion}
+def distillation(document: Document, pieces: list[list[int]], tokenizer, rng: random.Random) -> list[list[Target]]:
+    """Once all is read, questions as in `answers`, where every token of the answer is to be as likely as with the document in the prompt."""
+    seen = (*tokenizer(document.text).input_ids, *tokenizer("\n\n").input_ids)
+    return [[replace(target, seen=seen) for target in targets] for targets in answers(document, pieces, tokenizer, rng)]
 
 
-def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (nats) of every target token and the row it stands in; the LM head runs only where there is loss."""
+OBJECTIVES: dict[str, Callable[..., list[list[Target]]]] = {
+    "answers": answers,
+    "reconstruction": reconstruction,
+    "completion": completion,
+    "distillation": distillation,
+}
+
+
+def target_logits(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
+    """The LM's logits (fp32) for every target token, the token, and the row it stands in; the LM head runs only where there is a target."""
     ids, mask = (t.to(lm.device) for t in padded([t.tokens for t in targets], pad))
     position = torch.arange(1, ids.shape[1], device=ids.device)
     start = torch.tensor([t.start for t in targets], device=ids.device)
     wanted = mask[:, 1:].bool() & (position >= start[:, None])
     hidden = lm.base_model(ids[:, :-1], use_cache=False).last_hidden_state
-    logits = lm.get_output_embeddings()(hidden[wanted])
-    return cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none"), wanted.nonzero()[:, 0]
+    return lm.get_output_embeddings()(hidden[wanted]).float(), ids[:, 1:][wanted], wanted.nonzero()[:, 0]
+
+
+def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats) of every target token, and the row it stands in."""
+    logits, tokens, rows = target_logits(lm, pad, targets)
+    return cross_entropy(logits, tokens, reduction="none"), rows
+
+
+@torch.no_grad()
+def taught(lm: PreTrainedModel, pad: int, targets: list[Target]) -> Tensor:
+    """What the plain LM thinks of every target token after what its teacher has seen: log-probabilities of the whole vocabulary."""
+    prompted = [Target([*t.seen, *t.tokens], len(t.seen) + t.start) for t in targets]
+    return target_logits(lm, pad, prompted)[0].log_softmax(-1)
 
 
 class Objective(nn.Module):
@@ -128,8 +155,14 @@ class Objective(nn.Module):
             made = [OBJECTIVES[kind](document, read, tokenizer, rng) for document, read, rng in zip(documents, pieces, rngs, strict=True)]
             used = [t for t in range(self.pieces) if made[0][t]]
             rows = slice(used[0] * len(documents), (used[-1] + 1) * len(documents))
+            targets = [target for t in used for of_document in made for target in of_document[t]]
+            teacher = taught(lm, tokenizer.pad_token_id, targets) if targets[0].seen else None
             with adapter[rows].applied_to(lm), blocks_computed_twice(lm, adapter[rows]) if self.checkpointing else nullcontext():
-                losses, _ = target_losses(lm, tokenizer.pad_token_id, [target for t in used for targets in made for target in targets[t]])
+                logits, tokens, _ = target_logits(lm, tokenizer.pad_token_id, targets)
+            if teacher is None:
+                losses = cross_entropy(logits, tokens, reduction="none")
+            else:  # KL(teacher || adapted LM)
+                losses = kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="none").sum(-1)
             sums[kind] = (losses.sum(), torch.tensor(len(losses), device=losses.device))
         return sums
 

@@ -32,6 +32,7 @@ from minigen.training import (
     answers,
     completion,
     cut,
+    distillation,
     mean_losses,
     question_prompt,
     rate,
@@ -105,6 +106,34 @@ def test_completion_is_the_piece_that_comes_next(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
     pieces = [[5, 6], [7, 8, 9], [10, 11]]
     assert completion(None, pieces, tokenizer, random.Random(0)) == [[Target([7, 8, 9], 1)], [Target([10, 11], 1)], []]
+
+
+def test_distillation_asks_as_answers_does_and_shows_its_teacher_the_document(lm_and_tokenizer):
+    _, tokenizer = lm_and_tokenizer
+    document = world_document(random.Random(0), facts=(5, 5))
+    [[], asked], [[], plain] = (kind(document, [[1], [2]], tokenizer, random.Random(1)) for kind in (distillation, answers))
+    assert [(t.tokens, t.start) for t in asked] == [(t.tokens, t.start) for t in plain]
+    assert {tokenizer.decode(t.seen) for t in asked} == {f"{document.text}\n\n"}
+
+
+def test_the_distilled_loss_is_the_divergence_from_the_prompted_lm(lm_and_tokenizer, generator_for):
+    lm, tokenizer = lm_and_tokenizer
+    generator = generator_for(lm, targets=("mlp.down_proj",)).requires_grad_()
+    document = world_document(random.Random(0), facts=(5, 5))
+    total, tokens = training.Objective(generator, lm, tokenizer, ["distillation"])([document], [random.Random(1)])["distillation"]
+
+    adapter, expected, count = generator.write(generator.read(lm, tokenizer(document.text, return_tensors="pt").input_ids)), 0.0, 0
+    [targets] = distillation(document, [[1]], tokenizer, random.Random(1))
+    for target in targets:
+        prompted = lm(torch.tensor([[*target.seen, *target.tokens]])).logits[0, len(target.seen) :].softmax(-1)
+        with adapter.applied_to(lm):
+            said = lm(torch.tensor([target.tokens])).logits[0].softmax(-1)
+        for n in range(target.start - 1, len(target.tokens) - 1):
+            expected, count = expected + (prompted[n] * (prompted[n] / said[n]).log()).sum(), count + 1
+    assert count == tokens
+    assert_close(total, expected, atol=1e-3, rtol=1e-4)
+    total.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in generator.parameters())
 
 
 @pytest.mark.parametrize("length, pieces", [(7, 1), (7, 3), (8, 4), (2, 2)])
