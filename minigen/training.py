@@ -248,7 +248,7 @@ TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, 
 TOLD = {"prose": 0.45, "world": 0.3, "closed world": 0.25}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
-    "facts": Recipe(LAPTOP, TOLD, RECALL, facts=(4, 8)),
+    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(2, 10), facts=(4, 8)),
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
     "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
