@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .evaluation import METHODS, WORDINGS, Reader, bench, evaluate_demonstrations, evaluate_documents, evaluate_objectives
+from .evaluation import BASELINES, METHODS, WORDINGS, Reader, bench, evaluate_demonstrations, evaluate_documents, evaluate_objectives
 from .formats import BadGenerator, import_official, load_generator, official_config, save_generator, save_peft, whole_file
 from .models import UnknownLM, load_lm, load_weights, window
 from .tasks import DATA, BadData, read_demonstrations, read_dialogues, read_documents, read_paragraphs, read_text
@@ -94,9 +94,9 @@ SUITES = {"documents": read_documents, "demonstrations": read_demonstrations, "d
 def run_evaluate(asked: argparse.Namespace) -> None:
     """Score the methods on documents or dialogues with questions or on tasks shown by examples, or the perplexity of raw text."""
     methods = asked.methods.split(",")
-    unknown = [name for name in methods if name not in METHODS]
+    unknown = [name for name in methods if name not in METHODS | BASELINES]
     if unknown:
-        raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS)} are known; choose from these")
+        raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS | BASELINES)} are known; choose from these")
     if asked.suite in SUITES:
         items = SUITES[asked.suite](asked.data)
     elif asked.data.suffix in (".json", ".jsonl"):
@@ -215,7 +215,7 @@ def parser() -> Parser:
     sub = verb("evaluate", run_evaluate)
     sub.add_argument("suite", choices=[*SUITES, "objectives"])
     sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; a MetaICL folder; for objectives also plain text")
-    sub.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    sub.add_argument("--methods", default=",".join(METHODS), help=f"comma-separated; besides these: {', '.join(BASELINES)}")
     sub.add_argument("--wording", choices=WORDINGS, default=Reader.wording, help="how prompting puts the text and the question")
     sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many documents or paragraphs")
     sub.add_argument("--json", type=Path, help="write the result here as well")

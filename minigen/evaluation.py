@@ -1,4 +1,4 @@
-"""Methods (closed-book, prompting, adapter) x suites (documents, demonstrations, dialogues, objectives), with what each costs; memory by arithmetic, and the bench."""
+"""Methods (closed-book, prompting, adapter, fine-tuning) x suites (documents, demonstrations, dialogues, objectives), with what each costs; memory by arithmetic, and the bench."""
 
 import random
 import statistics
@@ -22,6 +22,7 @@ from .tasks import BadData, Document, Question, answer_recall, exact_match, f1, 
 from .training import Target, target_losses
 
 NEW_TOKENS = 20
+TUNED_RANK, TUNED_RATE, TUNED_STEPS = 16, 1e-3, 20  # of the fine-tuned baseline
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,29 @@ def adapter(reader: Reader, context: str, questions: Sequence[str], decode: Deco
         update.restore(reader.lm)
 
 
+def continual_pretraining(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
+    """The LM with a LoRA that was trained on the text itself, token after token, and the question alone in its prompt (the paper's baseline)."""
+    from peft import LoraConfig, get_peft_model  # takes seconds to import, which no other method needs
+
+    ids = reader.tokenizer(context).input_ids
+    text = [Target(ids[first : first + window(reader.lm)], 1) for first in range(0, len(ids), window(reader.lm))]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lora = LoraConfig(r=TUNED_RANK, lora_alpha=2 * TUNED_RANK, target_modules=[layer.name for layer in reader.generator.layers])
+        tuned = get_peft_model(reader.lm, lora)  # puts its layers into the LM itself
+    try:
+        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=TUNED_RATE)
+        for _ in range(TUNED_STEPS):
+            target_losses(reader.lm, reader.tokenizer.pad_token_id, text)[0].mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return closed_book(reader, context, questions, decode)
+    finally:
+        tuned.unload()
+
+
 METHODS: dict[str, Callable[..., list[str]]] = {"closed-book": closed_book, "prompting": prompting, "adapter": adapter}
+BASELINES = {"continual pretraining": continual_pretraining}  # those that take minutes
 
 
 def plain_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
@@ -171,7 +194,7 @@ def evaluate_documents(reader: Reader, documents: Sequence[Document], methods: S
     """
 
     def ask(method: str, context: str, document: Document) -> list[str]:
-        return METHODS[method](reader, context, [q.text for q in document.questions])
+        return (METHODS | BASELINES)[method](reader, context, [q.text for q in document.questions])
 
     return _evaluate(reader, documents, methods, controls, ask, score)
 
@@ -184,10 +207,10 @@ def evaluate_demonstrations(reader: Reader, tasks: Sequence[Document], methods: 
     reader = replace(reader, wording=reader.wording or "plain")
 
     def choose(method: str, context: str, task: Document) -> list[str]:
-        return METHODS[method](reader, context, [q.text for q in task.questions], likeliest([q.options for q in task.questions]))
+        return (METHODS | BASELINES)[method](reader, context, [q.text for q in task.questions], likeliest([q.options for q in task.questions]))
 
     def say(method: str, context: str, task: Document) -> list[str]:
-        return METHODS[method](reader, context, [q.text for q in task.questions])
+        return (METHODS | BASELINES)[method](reader, context, [q.text for q in task.questions])
 
     result = _evaluate(reader, tasks, methods, True, choose, accuracy)
     authors = _evaluate(reader, tasks, methods, False, say, accuracy)
@@ -253,7 +276,8 @@ def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
     config, rank = reader.lm.config, min(reader.generator.config.rank, reader.generator.config.q)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     kv = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
-    kept = {"closed-book": 0, "prompting": kv * context, "adapter": sum(rank * (layer.i + layer.o) for layer in reader.generator.layers)}
+    widths = sum(layer.i + layer.o for layer in reader.generator.layers)
+    kept = {"closed-book": 0, "prompting": kv * context, "adapter": rank * widths, "continual pretraining": TUNED_RANK * widths}
     tokens = asked + (context if method == "prompting" else 0)
     return {"tflops": round(forward_flops(reader.lm, tokens) / 1e12, 5), "storage_floats": round(kept[method])}
 

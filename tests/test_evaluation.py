@@ -7,8 +7,11 @@ import torch
 from conftest import FAMILIES
 from transformers import MistralConfig
 
-from minigen.evaluation import memory, saved_for_backward
+from minigen import evaluation
+from minigen.evaluation import BASELINES, Reader, memory, saved_for_backward
 from minigen.generator import GeneratorConfig
+from minigen.models import load_lm
+from minigen.tasks import question_prompt
 from minigen.training import RECIPES
 
 SETTINGS = GeneratorConfig(targets=("self_attn.o_proj", "attn.c_proj"), p=16, q=12, rank=4)
@@ -58,3 +61,24 @@ def test_a_longer_context_changes_the_streams_alone():
     assert long == short | {"streams of the context": 2 * short["streams of the context"]}
     more = memory(FAMILIES["llama"], replace(SETTINGS, p=32), context=19, targets=11)
     assert more["state"] == 2 * short["state"]
+
+
+def test_continual_pretraining_learns_the_text_and_leaves_the_lm_as_it_was(lm_folder, generator_for, monkeypatch):
+    lm, tokenizer = load_lm(str(lm_folder))
+    reader = Reader(lm, tokenizer, generator_for(lm))
+    text = "The lamp is red. It stood in the hall for years, and cost 5 crowns."
+    ids, before = tokenizer(text, return_tensors="pt").input_ids, {name: value.clone() for name, value in lm.state_dict().items()}
+    losses = []
+
+    def listen(reader: Reader, prompts: list[str]) -> list[str]:
+        losses.append(lm(ids, labels=ids).loss.item())
+        return prompts
+
+    plain = lm(ids, labels=ids).loss.item()
+    for steps in (0, 10, 40):
+        monkeypatch.setattr(evaluation, "TUNED_STEPS", steps)
+        assert BASELINES["continual pretraining"](reader, text, ["What colour?"], listen) == [question_prompt("What colour?")]
+    assert losses[0] == pytest.approx(plain, abs=1e-5) and losses[2] < losses[1] < losses[0] - 0.1
+    assert lm.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
+    assert lm(ids, labels=ids).loss.item() == plain
