@@ -4,6 +4,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig
 from .models import answer, window
 from .tasks import BadData, Document, Question, answer_recall, exact_match, f1, question_prompt
-from .training import Target, target_losses
+from .training import Target, blocks_computed_twice, continued, target_losses
 
 NEW_TOKENS = 20
 TUNED_RANK, TUNED_RATE, TUNED_STEPS = 16, 1e-3, 20  # of the fine-tuned baseline
@@ -63,8 +64,7 @@ def likeliest(options: Sequence[Sequence[str]]) -> Decode:
 
     @torch.no_grad()
     def loss(reader: Reader, prompt: str, option: str) -> float:
-        start = reader.tokenizer(prompt).input_ids
-        target = Target(start + reader.tokenizer(f" {option}\n").input_ids, len(start))
+        target = continued(reader.tokenizer, prompt, f" {option}\n")
         return target_losses(reader.lm, reader.tokenizer.pad_token_id, [target])[0].mean().item()
 
     def choose(reader: Reader, prompts: Sequence[str]) -> list[str]:
@@ -152,7 +152,8 @@ def led_chat_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: 
 def _chat(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     if tokenizer.chat_template is None:
         return f"{message}\n"
-    return tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+    return chat.removeprefix(tokenizer.decode(tokenizer("").input_ids))  # a mark that the tokenizer puts before every text would stand there twice
 
 
 WORDINGS: dict[str, Callable[[PreTrainedTokenizerBase, str, str], str]] = {
@@ -332,31 +333,34 @@ def memory(shape: PretrainedConfig, settings: GeneratorConfig, context: int, tar
     context, targets: how many tokens are read, and how many the adapted LM is trained on, in one step of one device.
 
     Nothing is loaded: the LM is built and run on fake tensors, which have shapes and dtypes but no memory. Activations are what autograd
-    saves for the backward pass; with checkpointing, the input of every block and what one block saves while it is computed again.
+    saves for the backward pass, as it saves it; with checkpointing, what one block saves while it is computed again comes on top.
     """
     with FakeTensorMode():
         lm = AutoModelForCausalLM.from_config(deepcopy(shape), dtype=dtype).eval().requires_grad_(False)
         generator = AdapterGenerator.for_lm(lm, settings)
-        state = ContextState(torch.zeros(len(generator.layers), 1, settings.p, settings.q), torch.tensor([context]))
+        streams = [torch.zeros(1, context, shape.hidden_size, dtype=dtype) for _ in generator.layers]
+        weights = [*lm.parameters(), *generator.parameters()]
+        reading, state = saved_for_backward(lambda: generator.contribution(streams, torch.ones(1, context, dtype=torch.bool)), weights)
 
-        def answer_with_adapter() -> Adapter:
+        def answer_with(keeping: Callable) -> Adapter:
             update = generator.write(state)
-            with update.applied_to(lm):
+            with update.applied_to(lm), keeping(lm, update):
                 lm(torch.zeros(1, targets, dtype=torch.long), use_cache=False).logits.float().log_softmax(-1)
             return update
 
-        activations, update = saved_for_backward(answer_with_adapter, [*lm.parameters(), *generator.parameters()])
-        blocks, trained = shape.num_hidden_layers, sum(p.numel() for p in generator.parameters())
-        stream = shape.hidden_size * dtype.itemsize  # of one token
+        answering, update = saved_for_backward(lambda: answer_with(lambda lm, update: nullcontext()), weights)
+        checkpointed, _ = saved_for_backward(lambda: answer_with(blocks_computed_twice), weights)
+        trained = sum(p.numel() for p in generator.parameters())
         return {
             "LM": sum(p.nbytes for p in lm.parameters()),
             "generator, fp32": 4 * trained,
-            "streams of the context": len({layer.block for layer in generator.layers}) * context * stream,
+            "streams of the context": sum({layer.block: h.nbytes for layer, h in zip(generator.layers, streams, strict=True)}.values()),
             "state": state.S.nbytes,
             "adapter": sum(factor.nbytes for side in (update.down, update.up) for factor in side.values()),
             "gradients and Adam, fp32": 3 * 4 * trained,
-            "activations": activations,
-            "activations, checkpointed": blocks * targets * stream + activations // blocks,
+            "activations of reading": reading,
+            "activations of answering": answering,
+            "the same, checkpointed": checkpointed + (answering - checkpointed) // shape.num_hidden_layers,
         }
 
 

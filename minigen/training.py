@@ -70,8 +70,12 @@ def answers(document: Document, pieces: list[list[int]], tokenizer, rng: random.
 
 def answer_target(question: Question, tokenizer) -> Target:
     """A question put to the LM, and its first answer as what must be said."""
-    prompt = tokenizer(question_prompt(question.text)).input_ids
-    return Target(prompt + tokenizer(f" {question.answers[0]}\n").input_ids, len(prompt))
+    return continued(tokenizer, question_prompt(question.text), f" {question.answers[0]}\n")
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, prompt: str, said: str) -> Target:
+    """What is said after a prompt, made into tokens together with it, so that no mark of a text's beginning comes between them."""
+    return Target(tokenizer(prompt + said).input_ids, len(tokenizer(prompt).input_ids))
 
 
 def reconstruction(document: Document, pieces: list[list[int]], tokenizer, rng: random.Random, length: int = 24) -> list[list[Target]]:
@@ -110,7 +114,8 @@ def target_logits(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple
     start = torch.tensor([t.start for t in targets], device=ids.device)
     wanted = mask[:, 1:].bool() & (position >= start[:, None])
     hidden = lm.base_model(ids[:, :-1], use_cache=False).last_hidden_state
-    return lm.get_output_embeddings()(hidden[wanted]).float(), ids[:, 1:][wanted], wanted.nonzero()[:, 0]
+    logits = lm.get_output_embeddings()(hidden[wanted.to(hidden.device)]).float()
+    return logits, ids[:, 1:][wanted].to(logits.device), wanted.nonzero()[:, 0]
 
 
 def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor]:
@@ -348,15 +353,14 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         rows, pairs = [], []  # pairs: (row of the question, position in it, row of the context, position in it)
         for row, document in enumerate(batch):
             for question in document.questions:
-                prompt = tokenizer(question_prompt(question.text)).input_ids
-                said = tokenizer(f" {question.answers[0]}").input_ids
+                target = continued(tokenizer, question_prompt(question.text), f" {question.answers[0]}")
                 begin = document.text.find(question.answers[0])
                 end = begin + len(question.answers[0])
                 place = [n for n, (a, b) in enumerate(encoded[row].offset_mapping) if a < end and b > max(begin, a)]
-                for j, (token, n) in enumerate(zip(said, place, strict=False)):
+                for j, (token, n) in enumerate(zip(target.tokens[target.start :], place, strict=False), start=target.start - 1):
                     if encoded[row].input_ids[n] == token:
-                        pairs.append((len(rows), len(prompt) - 1 + j, row, n))
-                rows.append(prompt + said)
+                        pairs.append((len(rows), j, row, n))
+                rows.append(target.tokens)
         H = block_inputs(lm, layers, input_ids=ids.to(lm.device))
         X = layer_inputs(lm, [layer.name for layer in layers], padded(rows, tokenizer.pad_token_id)[0])
         asked, position, told, n = torch.tensor(pairs).T

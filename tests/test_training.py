@@ -14,12 +14,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import GPT2Config
 
 from minigen import training
-from minigen.evaluation import saved_for_backward
+from minigen.evaluation import WORDINGS, saved_for_backward
 from minigen.formats import load_generator
 from minigen.generator import AdapterGenerator, GeneratorConfig
 from minigen.models import load_lm
@@ -75,6 +76,35 @@ def test_an_answer_is_trained_on_alone(lm_and_tokenizer):
     ((target,),) = answers(document, [[1]], tokenizer, random.Random(0), count=1)
     assert tokenizer.decode(target.tokens[: target.start]) == question_prompt("Who is a vet?")
     assert tokenizer.decode(target.tokens[target.start :]) == " Ann\n"
+
+
+@pytest.fixture
+def marking(lm_and_tokenizer):
+    """A tokenizer that puts a mark before every text, as those of Mistral and Llama do."""
+    _, tokenizer = lm_and_tokenizer
+    mark = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{mark} $A", special_tokens=[(mark, tokenizer.eos_token_id)])
+    assert tokenizer("Ann").input_ids[0] == tokenizer.eos_token_id
+    return tokenizer
+
+
+def test_no_mark_of_a_texts_beginning_comes_before_an_answer(marking):
+    target = training.answer_target(Question("Who is a vet?", ("Ann",)), marking)
+    assert marking.decode(target.tokens) == f"{marking.eos_token}{question_prompt('Who is a vet?')} Ann\n"
+    assert marking.decode(target.tokens[target.start :]) == " Ann\n"
+
+
+def test_the_start_finds_answers_whatever_a_tokenizer_puts_first(lm_and_tokenizer, marking):
+    generator = AdapterGenerator.for_lm(lm_and_tokenizer[0], TINY)
+    documents = [world_document(random.Random(f"start {n}"), (1, 3)) for n in range(16)]
+    start_by_regression(generator, lm_and_tokenizer[0], marking, documents, gain=1.8)
+    assert all(value.isfinite().all() for value in generator.state_dict().values())
+
+
+def test_prompting_puts_that_mark_once(lm_and_tokenizer, marking):
+    marking.chat_template = "{{ eos_token }}[{{ messages[0].content }}]"
+    prompt = WORDINGS["led chat"](marking, "The lamp is red.", "What colour?")
+    assert marking.decode(marking(prompt).input_ids) == f"{marking.eos_token}[The lamp is red.\n\nWhat colour?]The answer is:"
 
 
 def test_a_document_with_few_questions_is_asked_to_complete_its_sentences(lm_and_tokenizer):
