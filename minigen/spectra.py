@@ -7,6 +7,7 @@ eyes tell apart. Letters are those of minigen.generator, and c chunk, v vocabula
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from functools import cache
 from itertools import accumulate
 from operator import add
 
@@ -16,10 +17,12 @@ from einops import einsum
 from jaxtyping import Float, Int
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
@@ -263,7 +266,7 @@ def token_figure(tokens: Sequence[str], shares: Float[np.ndarray, "l n r"], laye
     figure = _figure(8.4, height, layout="none")
     axes = figure.add_axes((0.01, 0.05 / height, 0.98, 0.21 * rows / height))
     bar = figure.add_axes((0.72, 1 - 0.2 / height, 0.24, 0.1 / height))
-    _token_panel(axes, text, colours.to_rgba(share)[:, :3], columns=118, rows=rows, size=8.5)
+    _token_panel(axes, text, colours.to_rgba(share)[:, :3], rows=rows, size=8.5)
     axes.set_title(f"who wrote direction {direction} of adapted layer {layer}: the share of each token", loc="left")
     figure.colorbar(colours, cax=bar, orientation="horizontal", format=PercentFormatter(1), ticks=[-limit, 0, limit])
     return figure
@@ -322,7 +325,7 @@ def method_figure(
     boxes = {"tokens": (0.012, 0.235), "S": (0.303, 0.165), "spectrum": (0.541, 0.165), "adapter": (0.757, 0.235)}
     top, height = 0.9, 0.42
     at = {name: figure.add_axes((left, top - height, width, height)) for name, (left, width) in boxes.items()}
-    _token_panel(at["tokens"], _running_text(tokens, 38), [("#FBE8C8", "#D6EAF5")[n % 2] for n in range(len(tokens))], columns=40, rows=22, size=7)
+    _token_panel(at["tokens"], _running_text(tokens, 38), [("#FBE8C8", "#D6EAF5")[n % 2] for n in range(len(tokens))], rows=22, size=7)
     _matrix(at["S"], S)
     _spectrum_panel(at["spectrum"], np.linalg.svd(S, compute_uv=False), rank)
     _adapter_panel(at["adapter"], up, down)
@@ -440,9 +443,19 @@ def _running_text(tokens: Sequence[str], columns: int) -> list[tuple[int, int, s
     return places
 
 
-def _token_panel(axes: Axes, text: list[tuple[int, int, str]], tints: Sequence, columns: int, rows: int, size: float) -> None:
-    """Running text, each token on its tint, as far as it fits; a row is written in two strokes, dark ink and white, as every stroke takes time."""
-    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+@cache
+def _advance(size: float) -> float:
+    """Pixels from one letter of monospaced text to the next, hinted as it will be drawn."""
+    hundred, _, _ = RendererAgg(1, 1, DPI).get_text_width_height_descent("m" * 100, FontProperties(family="monospace", size=size), ismath=False)
+    return hundred / 100
+
+
+def _token_panel(axes: Axes, text: list[tuple[int, int, str]], tints: Sequence, rows: int, size: float) -> None:
+    """Running text, each token on its tint, as far as it fits; the x axis counts letters.
+
+    A row is written in two strokes, one in dark ink and one in white, since every stroke takes time.
+    """
+    axes.set(xlim=(0, axes.get_window_extent().width / _advance(size)), ylim=(rows, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     fitting = [(*place, tint) for place, tint in zip(text, tints, strict=True) if place[0] < rows]
     corners = [[(x, y + 0.04), (x + len(shown), y + 0.04), (x + len(shown), y + 0.96), (x, y + 0.96)] for y, x, shown, _ in fitting]
