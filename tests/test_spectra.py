@@ -1,7 +1,7 @@
 """minigen.spectra: the arrays are those of the equations, and the figures show the numbers they were given."""
 
 import math
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from minigen.spectra import (
     KEPT,
     RANK,
     SIGNED,
+    Lettering,
     effective_rank,
     energy,
     gains,
@@ -61,11 +62,14 @@ def tinted(axes) -> tuple[list[tuple[float, float, float]], list]:
     return [(round(c[:, 1].min() - 0.04), c[:, 0].min(), np.ptp(c[:, 0])) for c in corners], boxes.get_facecolors()
 
 
+def lines(axes) -> list[Lettering]:
+    return [patch for patch in axes.patches if isinstance(patch, Lettering)]
+
+
 def read_at(axes, box: tuple[float, float, float]) -> str:
-    """What stands on a box, whatever ink it was written in."""
-    row, column, width = box
-    lines = [" " * int(text.get_position()[0]) + text.get_text() for text in axes.texts if text.get_position()[1] == row + 0.5]
-    return "".join(max(letters) for letters in zip_longest(*lines, fillvalue=" "))[int(column) : int(column + width)]
+    """What stands on a box."""
+    row, column, width = map(int, box)
+    return "".join(line.line[column - line.column :][:width] for line in lines(axes) if line.row == row and 0 <= column - line.column < len(line.line))
 
 
 def marks(axes) -> dict[str, float]:
@@ -75,7 +79,7 @@ def marks(axes) -> dict[str, float]:
 
 def texts(figure) -> str:
     axes = [text.get_text() for a in figure.axes for text in a.texts]
-    return "\n".join([*(text.get_text() for text in figure.texts), *axes])
+    return "\n".join([*(text.get_text() for text in figure.texts), *axes, *(line.line for a in figure.axes for line in lines(a))])
 
 
 def pixels(figure) -> np.ndarray:
@@ -431,6 +435,16 @@ def test_token_figure_paints_the_shares(layer, direction):
     assert f"direction {direction} of adapted layer {layer}" in axes.get_title("left")
 
 
+def test_every_letter_stands_in_its_column():
+    narrow, wide = (Lettering(3, 7, letter * 5, 0.5, "black").get_path() for letter in ("i", "W"))
+    for path in (narrow, wide):
+        letters = path.vertices.reshape(5, -1, 2)
+        np.testing.assert_allclose(letters - letters[:1], np.broadcast_to(np.arange(5)[:, None, None] * (1, 0), letters.shape), atol=1e-9)
+        assert ((letters[0, :, 0] > 7 - 0.01) & (letters[0, :, 0] < 8.01)).all() and ((letters[..., 1] > 3) & (letters[..., 1] < 4)).all()
+    assert len(narrow.vertices) != len(wide.vertices)
+    assert len(Lettering(0, 0, " ", 0.5, "black").get_path().vertices) == 0
+
+
 def test_token_figure_sets_running_text_and_breaks_off_a_long_one():
     tokens = [f" word{n}" for n in range(700)]
     axes = token_figure(tokens, np.ones((1, 700, 1)), 0, 1).axes[0]
@@ -440,8 +454,8 @@ def test_token_figure_sets_running_text_and_breaks_off_a_long_one():
     assert all(x + width <= axes.get_xlim()[1] for _, x, width in boxes)
     for (row, x, width), (next_row, next_x, _) in pairwise(boxes):
         assert next_x == (x + width if next_row == row else 0)
-    assert axes.texts[-1].get_text().endswith(" …") and len(boxes) < 700
-    assert all(0 <= text.get_position()[1] <= axes.get_ylim()[0] for text in axes.texts)
+    assert lines(axes)[-1].line.endswith(" …") and len(boxes) < 700
+    assert all(0 <= line.row < axes.get_ylim()[0] for line in lines(axes))
 
 
 @pytest.mark.parametrize(
@@ -526,8 +540,8 @@ def test_method_figure_breaks_off_a_long_text(random):
     S, up, down = random(7, 5).numpy(), random(13, 3).numpy(), random(3, 11).numpy()
     figure = method_figure([f" word{n}" for n in range(999)], S, 3, up, down, ["Q"], {"adapter": ["A"]})
     tokens = figure.axes[0]
-    assert "…" in tokens.texts[-1].get_text()
-    assert all(0 <= text.get_position()[1] <= tokens.get_ylim()[0] for text in tokens.texts)
+    assert "…" in lines(tokens)[-1].line
+    assert all(0 <= line.row < tokens.get_ylim()[0] for line in lines(tokens))
     assert all(x + width <= tokens.get_xlim()[1] for _, x, width in tinted(tokens)[0])
 
 
