@@ -140,7 +140,6 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> tupl
     return ids, mask
 
 
-BATCH = 32  # prompts answered side by side
 LINE_BREAKS = ("\n", "Ċ", "<0x0A>")  # as vocabularies of whole words, byte-level BPE and SentencePiece write it
 
 
@@ -152,17 +151,14 @@ def last_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @torch.no_grad()
 def answer(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 20) -> list[str]:
-    """Greedy continuations of prompts, a batch at a time, up to the first line break (the paper's protocol: 20 tokens)."""
-    said = []
-    for first in range(0, len(prompts), BATCH):
-        ids, mask = padded([tokenizer(prompt).input_ids for prompt in prompts[first : first + BATCH]], tokenizer.pad_token_id, side="left")
-        out = lm.generate(
-            input_ids=ids.to(lm.device),
-            attention_mask=mask.to(lm.device),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=last_tokens(tokenizer),
-        )
-        said += [tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0] for row in out[:, ids.shape[1] :]]
-    return said
+    """Greedy continuations of a batch of prompts, up to the first line break (the paper's protocol: 20 tokens)."""
+    ids, mask = padded([tokenizer(prompt).input_ids for prompt in prompts], tokenizer.pad_token_id, side="left")
+    out = lm.generate(
+        input_ids=ids.to(lm.device),
+        attention_mask=mask.to(lm.device),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=last_tokens(tokenizer),
+    )
+    return [tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0] for row in out[:, ids.shape[1] :]]
