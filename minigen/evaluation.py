@@ -195,11 +195,7 @@ def evaluate_documents(reader: Reader, documents: Sequence[Document], methods: S
 
     The controls ask the adapter method the same questions with an empty, another document's, and a word-shuffled context.
     """
-
-    def ask(method: str, context: str, document: Document) -> list[str]:
-        return (METHODS | BASELINES)[method](reader, context, [q.text for q in document.questions])
-
-    return _evaluate(reader, documents, methods, controls, ask, score)
+    return _evaluate(reader, documents, methods, controls, partial(_ask, reader), score)
 
 
 def evaluate_demonstrations(reader: Reader, tasks: Sequence[Document], methods: Sequence[str]) -> dict:
@@ -210,16 +206,17 @@ def evaluate_demonstrations(reader: Reader, tasks: Sequence[Document], methods: 
     reader = replace(reader, wording=reader.wording or "plain")
 
     def choose(method: str, context: str, task: Document) -> list[str]:
-        return (METHODS | BASELINES)[method](reader, context, [q.text for q in task.questions], likeliest([q.options for q in task.questions]))
-
-    def say(method: str, context: str, task: Document) -> list[str]:
-        return (METHODS | BASELINES)[method](reader, context, [q.text for q in task.questions])
+        return _ask(reader, method, context, task, likeliest([q.options for q in task.questions]))
 
     result = _evaluate(reader, tasks, methods, True, choose, accuracy)
-    authors = _evaluate(reader, tasks, methods, False, say, accuracy)
+    authors = _evaluate(reader, tasks, methods, False, partial(_ask, reader), accuracy)
     for name, scores in result["methods"].items():
         scores["em"] = authors["methods"][name]["accuracy"]
     return result
+
+
+def _ask(reader: Reader, method: str, context: str, document: Document, decode: Decode = greedy) -> list[str]:
+    return (METHODS | BASELINES)[method](reader, context, [q.text for q in document.questions], decode)
 
 
 def _evaluate(reader: Reader, documents: Sequence[Document], methods: Sequence[str], controls: bool, ask: Callable, scored: Callable) -> dict:

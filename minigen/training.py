@@ -278,7 +278,9 @@ class Source:
     def __init__(self, recipe: Recipe, files: list[str]):
         self.recipe = recipe
         self.prose = read_prose(sorted((DATA / "prose").glob("*.jsonl")))
-        self.text = [paragraph for file in files for paragraph in read_paragraphs(file)] if files else package_text()
+        self.text = [paragraph for file in files for paragraph in read_paragraphs(file)]
+        if "text" in recipe.mixture and not files:
+            self.text = package_text()
         self.raw = [Path(file).name for file in files] or ["pydoc_data.topics"]
 
     def document(self, rng: random.Random, whole: bool = False) -> Document:
