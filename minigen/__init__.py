@@ -3,5 +3,6 @@
 from .formats import load_generator, save_generator, save_peft
 from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig
 from .models import answer, load_lm
+from .polar import polar_norm
 
-__all__ = ["Adapter", "AdapterGenerator", "ContextState", "GeneratorConfig", "answer", "load_generator", "load_lm", "save_generator", "save_peft"]
+__all__ = ["Adapter", "AdapterGenerator", "ContextState", "GeneratorConfig", "answer", "load_generator", "load_lm", "polar_norm", "save_generator", "save_peft"]

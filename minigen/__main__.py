@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .evaluation import BASELINES, METHODS, WORDINGS, Reader, bench, evaluate_demonstrations, evaluate_documents, evaluate_objectives
+from .evaluation import BASELINES, METHODS, WORDINGS, Reader, bench, bench_norms, evaluate_demonstrations, evaluate_documents, evaluate_objectives
 from .formats import BadGenerator, import_official, load_generator, official_config, save_generator, save_peft, whole_file
 from .models import UnknownLM, load_lm, load_weights, window
-from .tasks import DATA, BadData, read_demonstrations, read_dialogues, read_documents, read_paragraphs, read_text
+from .tasks import DATA, BadData, joined, read_demonstrations, read_dialogues, read_documents, read_paragraphs, read_text
 from .training import RECIPES, train, train_toy_lm
 
 out = Console()
@@ -97,15 +98,19 @@ def run_evaluate(asked: argparse.Namespace) -> None:
     unknown = [name for name in methods if name not in METHODS | BASELINES]
     if unknown:
         raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS | BASELINES)} are known; choose from these")
+    if asked.tokens is not None and asked.suite != "documents":
+        raise BadData(f"--tokens {asked.tokens} asked of the suite {asked.suite!r}, but only documents are joined; leave it out")
     if asked.suite in SUITES:
         items = SUITES[asked.suite](asked.data)
     elif asked.data.suffix in (".json", ".jsonl"):
         items = [document.text for document in read_documents(asked.data)]
     else:
         items = read_paragraphs(asked.data)
+    it = reader(asked)
+    if asked.tokens is not None:
+        items = joined(items, asked.tokens, lambda text: len(it.tokenizer(text).input_ids))
     if asked.limit is not None:
         items = random.Random(0).sample(items, min(asked.limit, len(items)))
-    it = reader(asked)
     if asked.suite in SUITES:
         main = "accuracy" if asked.suite == "demonstrations" else "f1"
         result = (evaluate_demonstrations if asked.suite == "demonstrations" else evaluate_documents)(it, items, methods)
@@ -122,8 +127,7 @@ def run_evaluate(asked: argparse.Namespace) -> None:
         for name, r in result["perplexity"].items():
             table.add_row(name, *(f"{value}" for value in r.values()))
     out.print(table)
-    command = " ".join(["python -m minigen", *sys.argv[1:]])
-    write_json(asked.json, {"suite": asked.suite, "lm": asked.lm, "command": command, "machine": machine()} | result)
+    write_json(asked.json, {"suite": asked.suite, "lm": asked.lm} | made_by() | result)
 
 
 def run_export(asked: argparse.Namespace) -> None:
@@ -151,12 +155,27 @@ def run_import(asked: argparse.Namespace) -> None:
 
 def run_bench(asked: argparse.Namespace) -> None:
     """Speed, memory and cost, each as a ratio within the run."""
-    rows = bench(reader(asked))
+    if asked.norms:
+        rows = bench_norms(reader(asked), "\n\n".join(d.text for d in read_documents(DATA / "documents" / "dev.jsonl")))
+    else:
+        rows = bench(reader(asked))
     table = Table("ratio", "value", title=machine())
     for row in rows:
         table.add_row(row["name"], f"{row['ratio']}")
     out.print(table)
-    write_json(asked.json, {"machine": machine(), "rows": rows})
+    write_json(asked.json, made_by() | {"rows": rows})
+
+
+def made_by() -> dict[str, str]:
+    """What a result is traced by: the command that ran, the commit of the code and whether the code was changed since, the machine."""
+    command = " ".join(["python -m minigen", *sys.argv[1:]])
+    git = ["git", "-C", DATA.parent]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "minigen"]).returncode
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
+        return {"command": command, "commit": "unknown", "machine": machine()}
+    return {"command": command, "commit": commit + ", changed" * bool(changed), "machine": machine()}
 
 
 def machine() -> str:
@@ -217,7 +236,8 @@ def parser() -> Parser:
     sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; a MetaICL folder; for objectives also plain text")
     sub.add_argument("--methods", default=",".join(METHODS), help=f"comma-separated; besides these: {', '.join(BASELINES)}")
     sub.add_argument("--wording", choices=WORDINGS, default=Reader.wording, help="how prompting puts the text and the question")
-    sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many documents or paragraphs")
+    sub.add_argument("--tokens", type=above_zero(int), help="join neighbouring documents to contexts of about so many tokens")
+    sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many contexts or paragraphs")
     sub.add_argument("--json", type=Path, help="write the result here as well")
 
     sub = verb("export", run_export)
@@ -231,6 +251,7 @@ def parser() -> Parser:
     sub.add_argument("--lm", help="where its base LM is; by default where the checkpoint says")
 
     sub = verb("bench", run_bench)
+    sub.add_argument("--norms", action="store_true", help="instead, what the ways to normalise a state cost, and how exact they are")
     sub.add_argument("--json", type=Path, help="write the result here as well")
     return everything
 

@@ -1,11 +1,12 @@
 """Methods (closed-book, prompting, adapter, fine-tuning) x suites (documents, demonstrations, dialogues, objectives), with what each costs; memory by arithmetic, and the bench."""
 
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from copy import deepcopy
+from contextlib import contextmanager, nullcontext
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
@@ -17,14 +18,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig
+from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, svd_norm
 from .models import answer, window
+from .polar import polar_norm
 from .tasks import BadData, Document, Question, answer_recall, exact_match, f1, question_prompt
 from .training import Target, blocks_computed_twice, continued, target_losses
 
 NEW_TOKENS = 20
 BATCH = 32  # prompts answered side by side
-TUNED_RANK, TUNED_RATE, TUNED_STEPS = 16, 1e-3, 20  # of the fine-tuned baseline
+TUNED_RANK, TUNED_RATE, TUNED_STEPS = 16, 1e-3, 20  # of the fine-tuned baselines
+PASSAGES = 3  # that retrieval puts into the prompt
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,17 @@ def closed_book(reader: Reader, context: str, questions: Sequence[str], decode: 
 
 
 def prompting(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
-    """The plain LM with the text in every prompt."""
-    wording = WORDINGS[reader.wording or ("led chat" if reader.tokenizer.chat_template else "plain")]
+    """The plain LM with the text in every prompt; of a text that its window does not hold, the end."""
+    return _prompted(reader, [context] * len(questions), questions, decode)
 
-    def prompts(seen: str) -> list[str]:
-        return [wording(reader.tokenizer, seen, question) for question in questions]
 
-    around = max(len(reader.tokenizer(prompt).input_ids) for prompt in prompts(""))
+def _prompted(reader: Reader, contexts: Sequence[str], questions: Sequence[str], decode: Decode) -> list[str]:
+    wording = partial(WORDINGS[reader.wording or ("led chat" if reader.tokenizer.chat_template else "plain")], reader.tokenizer)
+    around = max(len(reader.tokenizer(wording("", question)).input_ids) for question in questions)
     room = max(1, window(reader.lm) - NEW_TOKENS - around)
-    tokens = reader.tokenizer(context).input_ids
-    seen = context if len(tokens) <= room else reader.tokenizer.decode(tokens[-room:])
-    return decode(reader, prompts(seen))
+    tokens = {context: reader.tokenizer(context).input_ids for context in {*contexts}}
+    seen = {text: text if len(ids) <= room else reader.tokenizer.decode(ids[-room:]) for text, ids in tokens.items()}
+    return decode(reader, [wording(seen[context], question) for context, question in zip(contexts, questions, strict=True)])
 
 
 def adapter(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
@@ -106,29 +109,73 @@ def adapter(reader: Reader, context: str, questions: Sequence[str], decode: Deco
         update.restore(reader.lm)
 
 
+def sequential_adapter(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
+    """As the adapter, but every chunk of the text is read with the adapter of the chunks before it (encode="sequential")."""
+    generator = copy(reader.generator)
+    generator.config = replace(generator.config, encode="sequential")
+    return adapter(replace(reader, generator=generator), context, questions, decode)
+
+
+def retrieval(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
+    """The plain LM with the PASSAGES passages of the text in the prompt that BM25 finds nearest to the question, in the text's order."""
+    import bm25s
+
+    passages = _passages(context)
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(passages, show_progress=False), show_progress=False)
+    found, _ = index.retrieve(bm25s.tokenize(list(questions), show_progress=False), k=min(PASSAGES, len(passages)), show_progress=False)
+    return _prompted(reader, ["\n\n".join(passages[n] for n in sorted(row)) for row in found], questions, decode)
+
+
+def _passages(context: str) -> list[str]:
+    """What retrieval chooses from: the parts between empty lines where there are enough to choose, else the sentences."""
+    parts = re.split(r"\n\s*\n", context.strip())
+    return parts if len(parts) > PASSAGES else re.split(r"(?<=[.!?])\s+|\n+", context.strip())
+
+
 def continual_pretraining(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
     """The LM with a LoRA that was trained on the text itself, token after token, and the question alone in its prompt (the paper's baseline)."""
+    ids = reader.tokenizer(context).input_ids
+    with tuned(reader, [Target(ids[first : first + window(reader.lm)], 1) for first in range(0, len(ids), window(reader.lm))]):
+        return closed_book(reader, context, questions, decode)
+
+
+def few_shot_tuning(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
+    """The LM with a LoRA that was trained to give the demonstrations' outputs for their inputs (the paper's baseline)."""
+    shown = [block.rpartition("Answer:") for block in context.split("\n\n")]
+    if not all(asked for asked, _, _ in shown):
+        raise BadData('"few-shot tuning" asked of a text that shows no demonstrations; use it with the suite demonstrations')
+    with tuned(reader, [continued(reader.tokenizer, f"{asked}Answer:", f"{said}\n") for asked, _, said in shown]):
+        return closed_book(reader, context, questions, decode)
+
+
+@contextmanager
+def tuned(reader: Reader, targets: list[Target]):
+    """Within it the LM has a LoRA in the layers that the generator adapts, trained on these targets; afterwards it is as it was."""
     from peft import LoraConfig, get_peft_model  # takes seconds to import, which no other method needs
 
-    ids = reader.tokenizer(context).input_ids
-    text = [Target(ids[first : first + window(reader.lm)], 1) for first in range(0, len(ids), window(reader.lm))]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         lora = LoraConfig(r=TUNED_RANK, lora_alpha=2 * TUNED_RANK, target_modules=[layer.name for layer in reader.generator.layers])
-        tuned = get_peft_model(reader.lm, lora)  # puts its layers into the LM itself
+        peft = get_peft_model(reader.lm, lora)  # puts its layers into the LM itself
     try:
-        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=TUNED_RATE)
+        optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=TUNED_RATE)
         for _ in range(TUNED_STEPS):
-            target_losses(reader.lm, reader.tokenizer.pad_token_id, text)[0].mean().backward()
+            target_losses(reader.lm, reader.tokenizer.pad_token_id, targets)[0].mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        return closed_book(reader, context, questions, decode)
+        yield
     finally:
-        tuned.unload()
+        peft.unload()
 
 
 METHODS: dict[str, Callable[..., list[str]]] = {"closed-book": closed_book, "prompting": prompting, "adapter": adapter}
-BASELINES = {"continual pretraining": continual_pretraining}  # those that take minutes
+BASELINES: dict[str, Callable[..., list[str]]] = {
+    "sequential adapter": sequential_adapter,
+    "retrieval": retrieval,
+    "continual pretraining": continual_pretraining,
+    "few-shot tuning": few_shot_tuning,
+}
 
 
 def plain_prompt(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> str:
@@ -248,7 +295,10 @@ def accuracy(tasks: Sequence[Document], predictions: Sequence[Sequence[str]]) ->
 
 
 def score(documents: Sequence[Document], predictions: Sequence[Sequence[str]]) -> dict:
-    """F1 with its bootstrap 95 % interval, exact match and answer recall, in percent over all questions."""
+    """F1 with its bootstrap 95 % interval, exact match and answer recall, in percent over all questions.
+
+    Of several right answers the best counts; in "authors", F1 as the authors score it, only the shortest.
+    """
     pairs: list[tuple[str, Question]] = [
         (p, q) for document, said in zip(documents, predictions, strict=True) for p, q in zip(said, document.questions, strict=True)
     ]
@@ -257,6 +307,7 @@ def score(documents: Sequence[Document], predictions: Sequence[Sequence[str]]) -
         "f1": round(statistics.fmean(f1s), 1),
         "em": round(statistics.fmean(exact_match(p, q.answers) for p, q in pairs), 1),
         "recall": round(statistics.fmean(answer_recall(p, q.answers) for p, q in pairs), 1),
+        "authors": round(statistics.fmean(f1(p, [min(q.answers, key=len)]) for p, q in pairs), 1),
         "ci95": _interval(f1s),
     }
 
@@ -269,7 +320,7 @@ def _interval(values: Sequence[float]) -> list[float]:
 
 
 def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
-    """TFLOPs to answer one question of the mean document once it was read, and the floats kept of it meanwhile."""
+    """TFLOPs to answer one question of the mean document once it was read, and the floats kept of it meanwhile (a token of the text counts as one)."""
     questions = [q.text for d in documents for q in d.questions]
     asked = statistics.fmean(len(reader.tokenizer(question_prompt(q)).input_ids) for q in questions) + NEW_TOKENS
     context = statistics.fmean(len(reader.tokenizer(d.text).input_ids) for d in documents)
@@ -277,9 +328,12 @@ def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     kv = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
     widths = sum(layer.i + layer.o for layer in reader.generator.layers)
-    kept = {"closed-book": 0, "prompting": kv * context, "adapter": rank * widths, "continual pretraining": TUNED_RANK * widths}
-    tokens = asked + (context if method == "prompting" else 0)
-    return {"tflops": round(forward_flops(reader.lm, tokens) / 1e12, 5), "storage_floats": round(kept[method])}
+    shown = {"prompting": context, "retrieval": context * statistics.fmean(min(1.0, PASSAGES / len(_passages(d.text))) for d in documents)}
+    tuned_floats = TUNED_RANK * widths
+    kept = {"prompting": kv * context, "retrieval": context, "continual pretraining": tuned_floats, "few-shot tuning": tuned_floats}
+    kept |= dict.fromkeys(("adapter", "sequential adapter"), rank * widths)
+    tokens = asked + shown.get(method, 0)
+    return {"tflops": round(forward_flops(reader.lm, tokens) / 1e12, 5), "storage_floats": round(kept.get(method, 0))}
 
 
 def forward_flops(lm: PreTrainedModel, tokens: float) -> float:
@@ -442,3 +496,63 @@ def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
         row("generation hooked", "generation plain", "generation hooked / plain"),
         {"name": "state bytes chunk 32 / chunk 1", "ratio": many / one, "numerator": many, "denominator": one, "sizes": {"tokens": tokens}},
     ]
+
+
+NORMED = ((30, 128, 32), (8, 1024, 128))  # layers, side of the state, rank: of a laptop's generator and of a fourth of Mistral-7B's
+
+
+def bench_norms(reader: Reader, text: str, sizes: Sequence[tuple[int, int, int]] = NORMED, repeats: int = 5) -> list[dict]:
+    """Seconds (medians of interleaved repetitions) and relative error of ways to U_r V_r^T, as ratios to the exact decomposition's.
+
+    The states have random directions and the spectra 1/k, 0.95^k, one that is flat but for a gap of 5 % at r, and that of the
+    generator's middle layer after `text`, stretched to the size on a logarithmic scale.
+    """
+    trained = torch.linalg.svdvals(reader.read(text).S[len(reader.generator.layers) // 2, 0]).log()
+    rows = []
+    for layers, side, rank in sizes:
+        k = torch.arange(1.0, side + 1)
+        spectra = {
+            "trained": torch.nn.functional.interpolate(trained[None, None], side, mode="linear", align_corners=True)[0, 0].exp(),
+            "1/k": 1 / k,
+            "0.95^k": 0.95**k,
+            "flat, gap 1.05": torch.where(k <= rank, 1.05, 1.0),
+        }
+        for spectrum, sigma in spectra.items():
+            U, V = (torch.linalg.qr(torch.randn(layers, side, side, generator=torch.Generator().manual_seed(seed))).Q for seed in (0, 1))
+            S, weight = ((U * sigma) @ V.mT).requires_grad_(), torch.randn(layers, side, side, generator=torch.Generator().manual_seed(2))
+            exact = U[..., :rank] @ V[..., :rank].mT
+            ways: dict[str, Callable] = {"svd": partial(svd_norm, S, rank), "polar": partial(polar_norm, S, rank)}
+            ways |= {f"svd_lowrank {n}": partial(_lowrank, S.detach(), rank, n) for n in (1, 2, 4, 8, 16)}
+            seconds: dict[str, list[float]] = {}
+            errors = {}
+            for _ in tqdm(range(repeats), desc=f"{layers} x {side} x {side}, {spectrum}", unit="round", disable=None):
+                for name, way in ways.items():
+                    began = time.perf_counter()
+                    left, right = way()
+                    seconds.setdefault(name, []).append(time.perf_counter() - began)
+                    N = left @ right.mT
+                    errors[name] = ((N.detach() - exact).norm() / exact.norm()).item()
+                    if N.requires_grad:
+                        loss = (N * weight).sum()
+                        began = time.perf_counter()
+                        loss.backward()
+                        seconds.setdefault(f"{name} backward", []).append(time.perf_counter() - began)
+            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            for name, median in medians.items():
+                against = "svd backward" if name.endswith("backward") else "svd"
+                rows.append(
+                    {
+                        "name": f"{name} / {against}",
+                        "ratio": round(median / medians[against], 4),
+                        "numerator": round(median, 5),
+                        "denominator": round(medians[against], 5),
+                        "sizes": {"layers": layers, "side": side, "rank": rank, "spectrum": spectrum, "repeats": repeats},
+                    }
+                    | ({"error": float(f"{errors[name]:.2g}")} if name in errors else {})
+                )
+    return rows
+
+
+def _lowrank(S: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor]:
+    U, _, V = torch.svd_lowrank(S, q=rank, niter=power_iterations)
+    return U, V

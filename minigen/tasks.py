@@ -314,6 +314,27 @@ def _squad_document(where: str, record) -> Document:
     return Document(_need(where, record, "context", str), questions)
 
 
+def joined(documents: Sequence[Document], tokens: int, count: Callable[[str], int]) -> list[Document]:
+    """Neighbouring documents joined to contexts of about so many tokens, all their questions asked (the paper's protocol).
+
+    count: how many tokens a text has. The last context is filled up with the first documents' texts, whose questions it does not ask again.
+    """
+    lengths = [count(document.text) for document in documents]
+    if sum(lengths) < tokens:
+        raise BadData(f"contexts of {tokens} tokens asked, but all the documents have {sum(lengths)}; ask for shorter ones or give more documents")
+    contexts, first = [], 0
+    while first < len(documents):
+        last, length = first, 0
+        while length < tokens and (last == first or length + lengths[last % len(documents)] / 2 <= tokens):
+            length += lengths[last % len(documents)]
+            last += 1
+        parts = [documents[n % len(documents)] for n in range(first, last)]
+        questions = [question for document in parts[: len(documents) - first] for question in document.questions]
+        contexts.append(Document("\n\n".join(part.text for part in parts), tuple(questions)))
+        first = last
+    return contexts
+
+
 def read_dialogues(path: str | Path) -> list[Document]:
     """Conversations with questions: JSON lines {"sessions": [[{"speaker", "text"}]], "question", "answers"}; lines with the same sessions in one."""
     asked: dict[str, list[Question]] = {}

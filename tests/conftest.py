@@ -64,7 +64,7 @@ def any_lm(request, tiny_lm):
     return tiny_lm(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def generator_for():
     """A function: an LM and settings -> a generator with random weights, as if trained (A1 is not zero)."""
 

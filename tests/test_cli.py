@@ -117,6 +117,8 @@ BAD = [
     (f"evaluate documents {EVALUATE} --data broken.jsonl", "broken.jsonl, line 2: not JSON"),
     (f"evaluate documents {EVALUATE} --data nowhere.jsonl", "nowhere.jsonl: no such file"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --limit few", "--limit: invalid int value: 'few'"),
+    (f"evaluate documents {EVALUATE} --data dev.jsonl --tokens 5000", "contexts of 5000 tokens asked, but all the documents have"),
+    (f"evaluate dialogues {EVALUATE} --data talk.jsonl --tokens 50", "--tokens 50 asked of the suite 'dialogues'"),
     (f"evaluate objectives {EVALUATE} --data empty.txt", "empty.txt: the file is empty"),
     (f"evaluate poems {EVALUATE} --data dev.jsonl", "'poems'.*documents"),
     (f"evaluate demonstrations {EVALUATE} --data folder", "folder: no demonstrations in it; expected TASK/TASK_K_SEED_train.jsonl"),
@@ -266,6 +268,14 @@ def test_evaluate_some_methods_on_a_sample(minigen):
     assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods closed-book --limit 2")[0] == 0
     found = result()
     assert (found["n"], list(found["methods"]), found["controls"]) == (4, ["closed-book"], {})
+
+
+def test_evaluate_joined_documents_and_say_what_made_the_result(minigen):
+    assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods closed-book --tokens 1000 --json joined.json")[0] == 0
+    found = result("joined.json")
+    assert found["n"] == 6 and found["command"].endswith("--tokens 1000 --json joined.json")
+    assert len({example["document"] for example in found["examples"]}) < 3
+    assert re.fullmatch(r"[0-9a-f]{7,}(, changed)?|unknown", found["commit"]) and "torch" in found["machine"]
 
 
 def test_evaluate_dialogues(minigen):

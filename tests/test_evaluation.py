@@ -9,10 +9,10 @@ from conftest import FAMILIES
 from transformers import MistralConfig
 
 from minigen import evaluation
-from minigen.evaluation import BASELINES, Reader, memory, saved_for_backward
+from minigen.evaluation import BASELINES, METHODS, Reader, bench_norms, cost, memory, saved_for_backward, score
 from minigen.generator import GeneratorConfig
 from minigen.models import load_lm
-from minigen.tasks import question_prompt
+from minigen.tasks import BadData, Document, Question, question_prompt
 from minigen.training import RECIPES, blocks_computed_twice
 
 SETTINGS = GeneratorConfig(targets=("self_attn.o_proj", "attn.c_proj"), p=16, q=12, rank=4)
@@ -67,6 +67,93 @@ def test_a_longer_context_changes_what_reading_takes_alone():
     assert {name for name in short if long[name] != short[name]} == {"streams of the context", "activations of reading"}
     more = memory(FAMILIES["llama"], replace(SETTINGS, p=32), context=19, targets=11)
     assert more["state"] == 2 * short["state"]
+
+
+@pytest.fixture(scope="module")
+def small(lm_folder, generator_for):
+    lm, tokenizer = load_lm(str(lm_folder))
+    return Reader(lm, tokenizer, generator_for(lm), wording="plain")
+
+
+def say_prompts(reader: Reader, prompts: list[str]) -> list[str]:
+    return list(prompts)
+
+
+SENTENCES = ["The lamp is red.", "Ada sells tea in Oslo.", "Nobody saw the boat.", "Boris paints doors.", "It rained for a week."]
+
+
+def test_retrieval_shows_the_sentences_that_share_words_with_the_question(small):
+    said = BASELINES["retrieval"](small, " ".join(SENTENCES), ["What does Boris paint on doors?", "Where does Ada sell tea?"], say_prompts)
+    assert "Boris paints doors." in said[0] and "Ada sells tea in Oslo." in said[1]
+    for prompt in said:
+        shown = [sentence for sentence in SENTENCES if sentence in prompt]
+        assert len(shown) == 3 and [prompt.index(sentence) for sentence in shown] == sorted(prompt.index(sentence) for sentence in shown)
+
+
+def test_retrieval_chooses_among_whole_documents_where_several_were_joined(small):
+    documents = [f"{sentence} And so it stays." for sentence in SENTENCES]
+    (said,) = BASELINES["retrieval"](small, "\n\n".join(documents), ["Where does Ada sell tea?"], say_prompts)
+    assert said.startswith("The lamp is red. And so it stays.\n\nAda") or "Ada sells tea in Oslo. And so it stays." in said
+    assert sum(document in said for document in documents) == 3
+
+
+def test_the_sequential_adapter_reads_on_with_what_it_has_read(small, tokens):
+    long, short = " ".join(SENTENCES), "One."
+    seen = {}
+
+    def listen(reader, prompts):
+        ids = reader.tokenizer(prompts[0], return_tensors="pt").input_ids
+        return [reader.lm(ids).logits[0, -1, :4].tolist() for _ in prompts]
+
+    for text in (long, short):
+        seen[text] = [(METHODS | BASELINES)[name](small, text, ["What?"], listen)[0] for name in ("adapter", "sequential adapter")]
+    assert seen[short][0] == seen[short][1]  # one chunk
+    assert seen[long][0] != seen[long][1]
+    assert small.generator.config.encode == "parallel"
+
+
+def test_few_shot_tuning_learns_the_demonstrations(small, monkeypatch):
+    shown = {"a wolf": "animal", "an oak": "plant"}
+    context = "\n\n".join(f"{question_prompt(thing)} {kind}" for thing, kind in shown.items())
+    losses = []
+
+    def listen(reader, prompts):
+        ids = reader.tokenizer(f"{question_prompt('a wolf')} animal\n", return_tensors="pt").input_ids
+        losses.append(reader.lm(ids, labels=ids.where(torch.arange(ids.shape[1]) >= ids.shape[1] - 4, -100)).loss.item())
+        return prompts
+
+    for steps in (0, 30):
+        monkeypatch.setattr(evaluation, "TUNED_STEPS", steps)
+        assert BASELINES["few-shot tuning"](small, context, ["a fox"], listen) == [question_prompt("a fox")]
+    assert losses[1] < losses[0] - 0.5
+    with pytest.raises(BadData, match="shows no demonstrations"):
+        BASELINES["few-shot tuning"](small, "A text.", ["a fox"], listen)
+
+
+def test_costs_of_every_method(small):
+    documents = [Document(" ".join(SENTENCES), (Question("Where is Ada?", ("Oslo",)),))]
+    costs = {name: cost(small, name, documents) for name in METHODS | BASELINES}
+    assert costs["closed-book"]["storage_floats"] == 0 < costs["retrieval"]["storage_floats"] < costs["prompting"]["storage_floats"]
+    assert costs["adapter"] == costs["sequential adapter"] and costs["adapter"]["tflops"] == costs["closed-book"]["tflops"]
+    assert costs["closed-book"]["tflops"] <= costs["retrieval"]["tflops"] <= costs["prompting"]["tflops"]
+
+
+def test_the_authors_score_counts_the_shortest_answer_alone():
+    document = Document("It is in the old town.", (Question("Where?", ("old town", "in the old town")),))
+    scores = score([document], [["in the old town"]])
+    assert scores["f1"] == 100.0 and scores["authors"] == pytest.approx(80.0)  # "the" is dropped: 2 of 3 words right, both found
+
+
+def test_bench_norms_measures_error_and_time_of_each(small, lm_folder):
+    rows = bench_norms(small, " ".join(SENTENCES), sizes=[(2, 48, 8)], repeats=1)
+    by_spectrum = {}
+    for row in rows:
+        by_spectrum.setdefault(row["sizes"]["spectrum"], {})[row["name"]] = row
+    assert len(by_spectrum) == 4
+    for found in by_spectrum.values():
+        assert found["svd / svd"]["ratio"] == 1 and found["svd / svd"]["error"] < 1e-3 > found["polar / svd"]["error"] / 2
+        assert found["svd_lowrank 1 / svd"]["error"] > found["svd_lowrank 16 / svd"]["error"]
+        assert found["polar backward / svd backward"]["numerator"] > 0 and "error" not in found["polar backward / svd backward"]
 
 
 def test_continual_pretraining_learns_the_text_and_leaves_the_lm_as_it_was(lm_folder, generator_for, monkeypatch):

@@ -23,6 +23,7 @@ from minigen.tasks import (
     exact_match,
     excerpt,
     f1,
+    joined,
     open_value,
     prose_document,
     read_demonstrations,
@@ -330,6 +331,22 @@ def test_a_task_shows_every_label_and_asks_about_new_things(seed):
 
 
 TALK = {"sessions": [[{"speaker": "A", "text": "I keep bees."}], [{"speaker": "B", "text": "Nine hives."}]], "question": "Who?", "answers": ["A"]}
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 10, 30])
+def test_joined_documents_have_the_length_and_ask_everything_once(tokens):
+    documents = [Document("x " * length, (Question(f"{n}?", ("x",)),)) for n, length in enumerate((4, 5, 3, 6, 2, 7, 3))]
+    contexts = joined(documents, tokens, lambda text: len(text.split()))
+    assert [question.text for context in contexts for question in context.questions] == [f"{n}?" for n in range(7)]
+    longest = max(len(document.text.split()) for document in documents)
+    for context in contexts:
+        assert min(tokens - longest / 2, 2) <= len(context.text.split()) <= tokens + longest
+
+
+def test_more_tokens_than_there_are_cannot_be_joined():
+    documents = [Document("x x x", (Question("?", ("x",)),))] * 2
+    with pytest.raises(BadData, match="contexts of 7 tokens asked, but all the documents have 6"):
+        joined(documents, 7, lambda text: len(text.split()))
 
 
 def test_dialogues_with_the_same_sessions_are_one_document(tmp_path):
