@@ -222,7 +222,8 @@ def empty_context(documents: Sequence[Document], n: int) -> str:
 
 
 def wrong_context(documents: Sequence[Document], n: int) -> str:
-    return documents[(n + 1) % len(documents)].text
+    following = (*documents[n + 1 :], *documents[:n])
+    return next((d.text for d in following if not d.task or d.task != documents[n].task), documents[n].text)
 
 
 def shuffled_context(documents: Sequence[Document], n: int) -> str:
@@ -287,11 +288,11 @@ def _evaluate(reader: Reader, documents: Sequence[Document], methods: Sequence[s
 
 def accuracy(tasks: Sequence[Document], predictions: Sequence[Sequence[str]]) -> dict:
     """The share of outputs that were met, but for case, as the mean over tasks in percent; its bootstrap 95 % interval draws tasks."""
-    right = [
-        statistics.fmean(100.0 * (p.lower() == q.answers[0].lower()) for p, q in zip(said, task.questions, strict=True))
-        for task, said in zip(tasks, predictions, strict=True)
-    ]
-    return {"accuracy": round(statistics.fmean(right), 1), "ci95": _interval(right)}
+    right: dict[str, list[float]] = {}
+    for shown, said in zip(tasks, predictions, strict=True):
+        right.setdefault(shown.task, []).extend(100.0 * (p.lower() == q.answers[0].lower()) for p, q in zip(said, shown.questions, strict=True))
+    by_task = [statistics.fmean(hits) for hits in right.values()]
+    return {"accuracy": round(statistics.fmean(by_task), 1), "ci95": _interval(by_task)}
 
 
 def score(documents: Sequence[Document], predictions: Sequence[Sequence[str]]) -> dict:

@@ -26,10 +26,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A context and what is asked about it."""
+    """A context, what is asked about it, and the task that it is one of several contexts of, if any."""
 
     text: str
     questions: tuple[Question, ...]
+    task: str = ""
 
 
 class BadData(ValueError):
@@ -361,7 +362,8 @@ def read_demonstrations(folder: str | Path) -> list[Document]:
     for path in shown:
         demonstrations = _examples(path)
         text = "\n\n".join(f"{question_prompt(example.text)} {example.answers[0]}" for example in demonstrations)
-        documents.append(Document(text, tuple(_examples(path.with_name(path.name.replace("_train.jsonl", "_test.jsonl"))))))
+        asked = _examples(path.with_name(path.name.replace("_train.jsonl", "_test.jsonl")))
+        documents.append(Document(text, tuple(asked), path.parent.name))
     return documents
 
 

@@ -255,7 +255,7 @@ TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, 
 TOLD = {"prose": 0.4, "world": 0.15, "closed world": 0.45}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
-    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(2, 10), facts=(6, 8), optimizer="muon"),
+    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(2, 10), facts=(6, 8), optimizer="muon", learning_rate=7e-4, steady=0.2),
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
     "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
@@ -417,6 +417,7 @@ def layer_inputs(lm: PreTrainedModel, names: list[str], input_ids: Tensor) -> li
 class Progress:
     """Where a run stands; with the weights and the optimiser's state, all that resuming needs."""
 
+    begin: str
     step: int = 0
     seconds: float = 0.0
     contexts: int = 0
@@ -467,7 +468,7 @@ def train(
         generator = AdapterGenerator.for_lm(lm, recipe.config)
     except ValueError as error:
         raise BadData(f"recipe {recipe_name!r} does not fit {lm_name}: {error}") from None
-    progress = Progress()
+    progress = Progress(begin=str(begin or "regression"))
     if begin:
         generator.load_state_dict(load_generator(begin, lm).state_dict())
     elif not resume:
@@ -530,7 +531,7 @@ def train(
     if accelerator.is_main_process:
         provenance = {
             "recipe": recipe_name,
-            "begin": str(begin) if begin else "regression",
+            "begin": progress.begin,
             "settings": asdict(recipe),
             "data": [*dict.fromkeys(name for kind in recipe.mixture for name in (source.raw if kind == "text" else FILES.get(kind, ())))],
             "steps": progress.step,

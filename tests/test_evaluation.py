@@ -9,7 +9,7 @@ from conftest import FAMILIES
 from transformers import MistralConfig
 
 from minigen import evaluation
-from minigen.evaluation import BASELINES, METHODS, Reader, bench_norms, cost, memory, saved_for_backward, score
+from minigen.evaluation import BASELINES, CONTROLS, METHODS, Reader, accuracy, bench_norms, cost, memory, saved_for_backward, score
 from minigen.generator import GeneratorConfig
 from minigen.models import load_lm
 from minigen.tasks import BadData, Document, Question, question_prompt
@@ -142,6 +142,23 @@ def test_the_authors_score_counts_the_shortest_answer_alone():
     document = Document("It is in the old town.", (Question("Where?", ("old town", "in the old town")),))
     scores = score([document], [["in the old town"]])
     assert scores["f1"] == 100.0 and scores["authors"] == pytest.approx(80.0)  # "the" is dropped: 2 of 3 words right, both found
+
+
+def test_the_files_of_a_task_count_as_one_task():
+    asked = (Question("1?", ("a",)), Question("2?", ("b",)))
+    single = [Document(f"{task} 4", asked, task) for task in "xyz"]
+    twice = [Document(f"{task} {shown}", asked, task) for task in "xyz" for shown in (4, 8)]
+    said = {"x": ["A", "b"], "y": ["a", "a"], "z": ["c", "c"]}
+    alone, both = (accuracy(tasks, [said[document.task] for document in tasks]) for tasks in (single, twice))
+    assert alone == both and alone["accuracy"] == 50.0
+
+
+def test_the_wrong_context_is_the_next_one_of_another_task():
+    asked = (Question("1?", ("a",)),)
+    tasks = [Document(f"{task} {shown}", asked, task) for task in "xyz" for shown in (4, 8)]
+    assert [CONTROLS["wrong"](tasks, n) for n in range(6)] == ["y 4", "y 4", "z 4", "z 4", "x 4", "x 4"]
+    documents = [Document(text, asked) for text in ("one", "two")]
+    assert [CONTROLS["wrong"](documents, n) for n in range(2)] == ["two", "one"] and CONTROLS["wrong"](documents[:1], 0) == "one"
 
 
 def test_bench_norms_measures_error_and_time_of_each(small, lm_folder):

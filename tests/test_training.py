@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -37,6 +38,7 @@ from minigen.training import (
     mean_losses,
     question_prompt,
     rate,
+    recipe_optimizers,
     reconstruction,
     start_by_regression,
     target_losses,
@@ -330,7 +332,9 @@ def test_training_lowers_the_loss_and_leaves_a_log_and_a_generator(lm_folder, tm
     assert (card["provenance"]["recipe"], card["provenance"]["steps"], card["provenance"]["contexts"]) == ("tiny", 30, 120)
 
 
-def test_a_resumed_run_ends_as_the_uninterrupted_one(lm_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(optimizer, lm_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], optimizer=optimizer))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train("tiny", whole, str(lm_folder), steps=12)
     batch = Source.batch
@@ -360,6 +364,24 @@ from minigen.generator import GeneratorConfig
 training.RECIPES["tiny"] = training.Recipe(**eval(sys.argv[3]))
 training.train("tiny", sys.argv[1], sys.argv[2], steps=6, validate_every=3)
 """
+
+
+def test_a_resumed_run_says_what_it_once_began_with(lm_folder, tmp_path):
+    train("tiny", tmp_path / "first", str(lm_folder), steps=2)
+    start = tmp_path / "first" / "generator"
+    train("tiny", tmp_path / "second", str(lm_folder), steps=2, begin=start)
+    train("tiny", tmp_path / "second", str(lm_folder), steps=4, resume=True)
+    cards = [json.loads((tmp_path / run / "generator" / "generator.json").read_text())["provenance"] for run in ("first", "second")]
+    assert [(card["begin"], card["steps"]) for card in cards] == [("regression", 2), (str(start), 4)]
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest(lm_and_tokenizer):
+    generator = AdapterGenerator.for_lm(lm_and_tokenizer[0], TINY)
+    (everything,) = recipe_optimizers(RECIPE, generator)
+    muon, adamw = recipe_optimizers(replace(RECIPE, optimizer="muon"), generator)
+    held = [{id(w) for group in optimizer.param_groups for w in group["params"]} for optimizer in (everything, muon, adamw)]
+    assert held[0] == held[1] | held[2] and not held[1] & held[2]
+    assert held[2] == {id(layer.norm) for layer in generator.by_layer}
 
 
 def test_two_processes_go_the_way_of_one(lm_folder, tmp_path):
