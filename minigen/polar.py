@@ -5,6 +5,7 @@ directions is turned towards the leading ones, and what still separates it from 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,7 @@ def leading_triples(
     start: directions near the leading ones, as those of the state before in a stream; else random ones, the same in every call.
     Where the spectrum has so little of a gap that MOST_PRODUCTS do not suffice, torch.linalg.svd decides, as in norm="svd".
     """
-    q = S.shape[-1]
+    q, tiny = S.shape[-1], torch.finfo(S.dtype).tiny
     width = min(q, rank + max(16, rank // 2))
     block = torch.randn(q, width, generator=torch.Generator().manual_seed(0)).to(S).expand(*S.shape[:-2], q, width)
     block = S.mT @ (S @ block) if start is None else torch.cat([start[..., :width], block[..., start.shape[-1] :]], dim=-1)
@@ -47,22 +48,26 @@ def leading_triples(
         first, last, cut = squares[..., :1], squares[..., rank - 1 : rank], squares[..., -1:]
         real = squares > NULL_DIRECTION**2 * first
         missed = (further - V * squares[..., None, :]).norm(dim=-2)
-        off = torch.where(real, missed / (squares - cut).clamp_min(torch.finfo(S.dtype).tiny), 0.0)[..., :rank]
+        off = torch.where(real, missed / (squares - cut).clamp_min(tiny), 0.0)[..., :rank]
         error = off.square().mean(-1, keepdim=True).sqrt()
-        if width == q or error.max() < TOLERANCE:
+        found = error < TOLERANCE
+        if width == q or found.all():
             sigma = squares[..., :rank].sqrt()
-            return images[..., :rank] / sigma.clamp_min(torch.finfo(S.dtype).tiny)[..., None, :], sigma, V[..., :rank]
+            return images[..., :rank] / sigma.clamp_min(tiny)[..., None, :], sigma, V[..., :rank]
+        cut = torch.where(found, first, torch.maximum(cut, NULL_DIRECTION**2 * first)).clamp_min(tiny)
         growth = torch.acosh((2 * last / cut - 1).clamp_min(1.0))  # of the filter at sigma_r, its logarithm a degree
-        wanted = (torch.log(4 * error / TOLERANCE) / growth).max()
-        allowed = (math.log(LOUDEST) / (torch.acosh((2 * first / cut - 1).clamp_min(1.0)) - growth)).min()
-        degree = max(1, math.floor(min(wanted + 1, allowed, DEGREE)))
-        block = chebyshev(S, V, further, cut[..., None], degree)
+        loudness = torch.acosh((2 * first / cut - 1).clamp_min(1.0)) - growth  # of the first direction over it, likewise
+        wanted = torch.where(found, 0.0, torch.log(4 * error / TOLERANCE) / growth).max()
+        degree = max(1, math.floor(min(wanted + 1, math.log(LOUDEST) / loudness.max(), DEGREE)))
+        block = torch.where(found[..., None], V, chebyshev(S, V, further, cut[..., None], degree))
         products += 2 * (degree - 1)
     U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
     return U[..., :rank], sigma[..., :rank], Vh.mT[..., :rank]
 
 
-def chebyshev(S, V, further, cut, degree: int) -> Float[Tensor, "*b q l"]:
+def chebyshev(
+    S: Float[Tensor, "*b p q"], V: Float[Tensor, "*b q l"], further: Float[Tensor, "*b q l"], cut: Float[Tensor, "*b 1 1"], degree: int
+) -> Float[Tensor, "*b q l"]:
     """T_degree(2 S^T S / cut - 1) V, its columns scaled to length one; `further` is S^T S V.   T_n+1 = 2 x T_n - T_n-1"""
     before, now = V, 2 * further / cut - V
     for _ in range(degree - 1):
@@ -109,7 +114,7 @@ class PolarFactor(torch.autograd.Function):
         return (U @ among_kept @ V.mT + X @ V.mT + U @ Y.mT) / unit, None
 
 
-def conjugate_gradients(A, right: Float[Tensor, "*b q r"]) -> Float[Tensor, "*b q r"]:
+def conjugate_gradients(A: Callable[[Tensor], Tensor], right: Float[Tensor, "*b q r"]) -> Float[Tensor, "*b q r"]:
     """x of A x = right for every column by itself, A positive definite (Hestenes and Stiefel 1952)."""
     x, residual = torch.zeros_like(right), right
     direction, tiny = residual, torch.finfo(right.dtype).tiny

@@ -65,6 +65,15 @@ def test_a_short_context_leaves_the_same_few_directions(random):
     assert not left[:, 6:].any() and not right[:, 6:].any()
 
 
+def test_short_contexts_and_none_beside_long_ones(random):
+    S = torch.stack([random(128, 6) @ random(6, 128), state_of(1 / torch.arange(1.0, 129), 128, 128)[0], torch.zeros(128, 128), random(128, 128)])
+    left, right = polar_norm(S, 24)
+    for n in (0, 1, 3):
+        assert relative_error(S[n], 24) < 1.5 * polar.TOLERANCE
+        assert_close(left[n] @ right[n].mT, normed(svd_norm, S[n], 24), atol=2e-3, rtol=0)
+    assert not left[2].any() and not left[0, :, 6:].any()
+
+
 @pytest.mark.parametrize(("p", "q", "rank"), [(40, 30, 5), (30, 40, 5), (12, 12, 12), (9, 7, 3)])
 def test_gradient_against_finite_differences(p, q, rank, random, precise):
     S = random(p, q, dtype=torch.float64).requires_grad_()
