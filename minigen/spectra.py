@@ -167,7 +167,7 @@ def spectrum_figure(sigma: Float[np.ndarray, "l r"], rank: int, layer: int, norm
     before.set_title(f"S, adapted layer {layer}", y=1)
     before.set(ylabel="singular value σ", xlabel="singular direction")
     _log(before, sigma)
-    if norm == "svd":
+    if norm in ("svd", "polar"):
         normed = gains(sigma, rank)
         after.set_title("after the norm: gain one or zero", y=1)
         after.set(ylim=(0, 1.25), yticks=[0, 0.5, 1])

@@ -88,9 +88,9 @@ def test_write_is_the_dense_formula(norm, random):
     for g, layer, S_layer in zip(generator.by_layer, layers, state.S, strict=True):
         for row, S in enumerate(S_layer):
             U, _, Vh = torch.linalg.svd(S, full_matrices=False)
-            normed = {"svd": U[:, :r] @ Vh[:r], "frobenius": S / S.square().sum().sqrt(), "none": S}[norm]
+            normed = {"svd": U[:, :r] @ Vh[:r], "polar": U[:, :r] @ Vh[:r], "frobenius": S / S.square().sum().sqrt(), "none": S}[norm]
             assert_close(adapter.delta(layer.name)[row], 21.0 / p * g.A1 @ normed @ g.B2, **CLOSE)
-            if norm == "svd":
+            if norm in ("svd", "polar"):
                 assert torch.linalg.matrix_rank(adapter.delta(layer.name)[row]) == r
 
 
