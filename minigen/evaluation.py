@@ -479,14 +479,10 @@ def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
                 runs[name].append(taken)
     medians = {name: statistics.median(values) for name, values in runs.items()}
 
+    sizes = {"tokens": tokens, "new_tokens": 32, "repeats": repeats}
+
     def row(top: str, bottom: str, name: str | None = None) -> dict:
-        return {
-            "name": name or f"{top} / {bottom}",
-            "ratio": round(medians[top] / medians[bottom], 4),
-            "numerator": round(medians[top], 5),
-            "denominator": round(medians[bottom], 5),
-            "sizes": {"tokens": tokens, "new_tokens": 32, "repeats": repeats},
-        }
+        return _ratio(name or f"{top} / {bottom}", medians[top], medians[bottom], sizes)
 
     chunks = [generator.read(lm, chunk) for chunk in ids.chunk(32, dim=1)]
     one, many = chunks[0].S.nbytes, reduce(add, chunks).S.nbytes
@@ -495,14 +491,18 @@ def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
         row("write", "forward pass"),
         row("generation merged", "generation plain", "generation merged / plain"),
         row("generation hooked", "generation plain", "generation hooked / plain"),
-        {"name": "state bytes chunk 32 / chunk 1", "ratio": many / one, "numerator": many, "denominator": one, "sizes": {"tokens": tokens}},
+        _ratio("state bytes chunk 32 / chunk 1", many, one, {"tokens": tokens}),
     ]
+
+
+def _ratio(name: str, numerator: float, denominator: float, sizes: dict) -> dict:
+    return {"name": name, "ratio": round(numerator / denominator, 4), "numerator": round(numerator, 5), "denominator": round(denominator, 5), "sizes": sizes}
 
 
 NORMED = ((30, 128, 32), (8, 1024, 128))  # layers, side of the state, rank: of a laptop's generator and of a fourth of Mistral-7B's
 
 
-def bench_norms(reader: Reader, text: str, sizes: Sequence[tuple[int, int, int]] = NORMED, repeats: int = 5) -> list[dict]:
+def bench_norms(reader: Reader, text: str, shapes: Sequence[tuple[int, int, int]] = NORMED, repeats: int = 5) -> list[dict]:
     """Seconds (medians of interleaved repetitions) and relative error of ways to U_r V_r^T, as ratios to the exact decomposition's.
 
     The states have random directions and the spectra 1/k, 0.95^k, one that is flat but for a gap of 5 % at r, and that of the
@@ -510,7 +510,7 @@ def bench_norms(reader: Reader, text: str, sizes: Sequence[tuple[int, int, int]]
     """
     trained = torch.linalg.svdvals(reader.read(text).S[len(reader.generator.layers) // 2, 0]).log()
     rows = []
-    for layers, side, rank in sizes:
+    for layers, side, rank in shapes:
         k = torch.arange(1.0, side + 1)
         spectra = {
             "trained": torch.nn.functional.interpolate(trained[None, None], side, mode="linear", align_corners=True)[0, 0].exp(),
@@ -520,38 +520,36 @@ def bench_norms(reader: Reader, text: str, sizes: Sequence[tuple[int, int, int]]
         }
         for spectrum, sigma in spectra.items():
             U, V = (torch.linalg.qr(torch.randn(layers, side, side, generator=torch.Generator().manual_seed(seed))).Q for seed in (0, 1))
-            S, weight = ((U * sigma) @ V.mT).requires_grad_(), torch.randn(layers, side, side, generator=torch.Generator().manual_seed(2))
-            exact = U[..., :rank] @ V[..., :rank].mT
-            ways: dict[str, Callable] = {"svd": partial(svd_norm, S, rank), "polar": partial(polar_norm, S, rank)}
-            ways |= {f"svd_lowrank {n}": partial(_lowrank, S.detach(), rank, n) for n in (1, 2, 4, 8, 16)}
-            seconds: dict[str, list[float]] = {}
-            errors = {}
-            for _ in tqdm(range(repeats), desc=f"{layers} x {side} x {side}, {spectrum}", unit="round", disable=None):
-                for name, way in ways.items():
-                    began = time.perf_counter()
-                    left, right = way()
-                    seconds.setdefault(name, []).append(time.perf_counter() - began)
-                    N = left @ right.mT
-                    errors[name] = ((N.detach() - exact).norm() / exact.norm()).item()
-                    if N.requires_grad:
-                        loss = (N * weight).sum()
-                        began = time.perf_counter()
-                        loss.backward()
-                        seconds.setdefault(f"{name} backward", []).append(time.perf_counter() - began)
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            what = f"{layers} x {side} x {side}, {spectrum}"
+            medians, errors = _time_norms((U * sigma) @ V.mT, U[..., :rank] @ V[..., :rank].mT, rank, repeats, what)
+            sizes = {"layers": layers, "side": side, "rank": rank, "spectrum": spectrum, "repeats": repeats}
             for name, median in medians.items():
                 against = "svd backward" if name.endswith("backward") else "svd"
-                rows.append(
-                    {
-                        "name": f"{name} / {against}",
-                        "ratio": round(median / medians[against], 4),
-                        "numerator": round(median, 5),
-                        "denominator": round(medians[against], 5),
-                        "sizes": {"layers": layers, "side": side, "rank": rank, "spectrum": spectrum, "repeats": repeats},
-                    }
-                    | ({"error": float(f"{errors[name]:.2g}")} if name in errors else {})
-                )
+                error = {"error": float(f"{errors[name]:.2g}")} if name in errors else {}
+                rows.append(_ratio(f"{name} / {against}", median, medians[against], sizes) | error)
     return rows
+
+
+def _time_norms(S: Tensor, exact: Tensor, rank: int, repeats: int, what: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of every way, forward and where there is one backward, and how far each is from the exact result."""
+    S, weight = S.requires_grad_(), torch.randn(S.shape, generator=torch.Generator().manual_seed(2))
+    ways: dict[str, Callable] = {"svd": partial(svd_norm, S, rank), "polar": partial(polar_norm, S, rank)}
+    ways |= {f"svd_lowrank {n}": partial(_lowrank, S.detach(), rank, n) for n in (1, 2, 4, 8, 16)}
+    seconds: dict[str, list[float]] = {}
+    errors = {}
+    for _ in tqdm(range(repeats), desc=what, unit="round", disable=None):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            left, right = way()
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+            N = left @ right.mT
+            errors[name] = ((N.detach() - exact).norm() / exact.norm()).item()
+            if N.requires_grad:
+                loss = (N * weight).sum()
+                began = time.perf_counter()
+                loss.backward()
+                seconds.setdefault(f"{name} backward", []).append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}, errors
 
 
 def _lowrank(S: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor]:

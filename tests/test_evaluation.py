@@ -162,7 +162,7 @@ def test_the_wrong_context_is_the_next_one_of_another_task():
 
 
 def test_bench_norms_measures_error_and_time_of_each(small, lm_folder):
-    rows = bench_norms(small, " ".join(SENTENCES), sizes=[(2, 48, 8)], repeats=1)
+    rows = bench_norms(small, " ".join(SENTENCES), shapes=[(2, 48, 8)], repeats=1)
     by_spectrum = {}
     for row in rows:
         by_spectrum.setdefault(row["sizes"]["spectrum"], {})[row["name"]] = row
