@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ def run_evaluate(asked: argparse.Namespace) -> None:
         raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS | BASELINES)} are known; choose from these")
     if asked.tokens is not None and asked.suite != "documents":
         raise BadData(f"--tokens {asked.tokens} asked of the suite {asked.suite!r}, but only documents are joined; leave it out")
+    if asked.questions is not None and asked.suite not in SUITES:
+        raise BadData(f"--questions {asked.questions} asked of the suite {asked.suite!r}, which asks none; leave it out")
     if asked.suite in SUITES:
         items = SUITES[asked.suite](asked.data)
     elif asked.data.suffix in (".json", ".jsonl"):
@@ -111,6 +114,8 @@ def run_evaluate(asked: argparse.Namespace) -> None:
         items = joined(items, asked.tokens, lambda text: len(it.tokenizer(text).input_ids))
     if asked.limit is not None:
         items = random.Random(0).sample(items, min(asked.limit, len(items)))
+    if asked.questions is not None:
+        items = [replace(item, questions=tuple(random.Random(0).sample(item.questions, min(asked.questions, len(item.questions))))) for item in items]
     if asked.suite in SUITES:
         main = "accuracy" if asked.suite == "demonstrations" else "f1"
         result = (evaluate_demonstrations if asked.suite == "demonstrations" else evaluate_documents)(it, items, methods)
@@ -238,6 +243,7 @@ def parser() -> Parser:
     sub.add_argument("--wording", choices=WORDINGS, default=Reader.wording, help="how prompting puts the text and the question")
     sub.add_argument("--tokens", type=above_zero(int), help="join neighbouring documents to contexts of about so many tokens")
     sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many contexts or paragraphs")
+    sub.add_argument("--questions", type=above_zero(int), help="only a seeded sample of so many questions of each context")
     sub.add_argument("--json", type=Path, help="write the result here as well")
 
     sub = verb("export", run_export)

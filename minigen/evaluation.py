@@ -3,6 +3,7 @@
 import random
 import re
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
 
+import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,15 +21,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, svd_norm
-from .models import answer, window
+from .models import answer, read_beginning, window
 from .polar import polar_norm
 from .tasks import BadData, Document, Question, answer_recall, exact_match, f1, question_prompt
 from .training import Target, blocks_computed_twice, continued, target_losses
 
 NEW_TOKENS = 20
-BATCH = 32  # prompts answered side by side
+BATCH, HELD = 32, 2**15  # prompts answered side by side, and tokens of them together
 TUNED_RANK, TUNED_RATE, TUNED_STEPS = 16, 1e-3, 20  # of the fine-tuned baselines
 PASSAGES = 3  # that retrieval puts into the prompt
+STREAMS = (2048, 32768)  # tokens, of which the longer must not need more memory
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,30 @@ Decode = Callable[[Reader, Sequence[str]], list[str]]
 
 
 def greedy(reader: Reader, prompts: Sequence[str]) -> list[str]:
-    """What the LM says to every prompt, a batch at a time."""
-    batches = (prompts[first : first + BATCH] for first in range(0, len(prompts), BATCH))
-    return [said for batch in batches for said in answer(reader.lm, reader.tokenizer, batch, NEW_TOKENS)]
+    """What the LM says to every prompt, a batch at a time; what all begin with is read once."""
+    rows = [reader.tokenizer(prompt).input_ids for prompt in prompts]
+    begun = read_beginning(reader.lm, rows)
+    size = max(1, min(BATCH, HELD // max(map(len, rows))))
+    batches = (prompts[first : first + size] for first in range(0, len(prompts), size))
+    return [said for batch in batches for said in answer(reader.lm, reader.tokenizer, batch, NEW_TOKENS, begun)]
 
 
 def likeliest(options: Sequence[Sequence[str]]) -> Decode:
     """For every prompt the one of its options that has the lowest loss a token (as MetaICL scores a choice); greedy where it has none."""
 
     @torch.no_grad()
-    def loss(reader: Reader, prompt: str, option: str) -> float:
-        target = continued(reader.tokenizer, prompt, f" {option}\n")
-        return target_losses(reader.lm, reader.tokenizer.pad_token_id, [target])[0].mean().item()
-
     def choose(reader: Reader, prompts: Sequence[str]) -> list[str]:
-        return [
-            min(given, key=partial(loss, reader, prompt)) if given else greedy(reader, [prompt])[0] for prompt, given in zip(prompts, options, strict=True)
-        ]
+        asked = [[continued(reader.tokenizer, prompt, f" {option}\n") for option in given] for prompt, given in zip(prompts, options, strict=True)]
+        begun = read_beginning(reader.lm, [target.tokens[: target.start + 1] for targets in asked for target in targets])
+        chosen = []
+        for prompt, given, targets in zip(prompts, options, asked, strict=True):
+            if given:
+                losses, rows = target_losses(reader.lm, reader.tokenizer.pad_token_id, targets, begun)
+                means = [losses[rows == row].mean().item() for row in range(len(given))]
+                chosen.append(given[means.index(min(means))])
+            else:
+                chosen += greedy(reader, [prompt])
+        return chosen
 
     return choose
 
@@ -351,7 +361,7 @@ def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
     """Perplexity of raw text, paragraph by paragraph, with no context but an adapter.
 
     reconstruction: a paragraph under its own adapter; completion: its second half under the adapter of its first;
-    each against the plain LM and against the adapter of another paragraph.
+    each against the plain LM and against the adapter of another paragraph. "examples" has the mean loss (nats a token) of each paragraph.
     """
     tokens = [ids for text in texts if len(ids := reader.tokenizer(text).input_ids) >= 8]
     if len(tokens) < 2:
@@ -359,15 +369,16 @@ def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
     reads = [ids[: window(reader.lm)] for ids in tokens]
     halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in reads]
     suites = {"reconstruction": [(ids, ids) for ids in reads], "completion": halves}
-    results = {}
+    results, examples = {}, []
     for objective, pairs in suites.items():
         adapters = [reader.generator.write(reader.generator.read(reader.lm, torch.tensor([read]))) for read, _ in pairs]
         losses: dict[str, list] = {"plain": [], "adapter": [], "wrong adapter": []}
         for n, (_, said) in enumerate(tqdm(pairs, desc=objective, unit="paragraph", disable=None)):
             for name, update in (("plain", None), ("adapter", adapters[n]), ("wrong adapter", adapters[(n + 1) % len(pairs)])):
                 losses[name].append(_losses(reader, said, update))
+            examples.append({"paragraph": n, "objective": objective} | {name: round(values[n].mean().item(), 4) for name, values in losses.items()})
         results[objective] = {name: round(torch.cat(values).mean().exp().item(), 2) for name, values in losses.items()}
-    return {"n": len(tokens), "perplexity": results}
+    return {"n": len(tokens), "perplexity": results, "examples": examples}
 
 
 def _losses(reader: Reader, tokens: list[int], update: Adapter | None) -> Tensor:
@@ -437,9 +448,15 @@ def saved_for_backward(run: Callable[[], object], weights: Sequence[Tensor]) -> 
 
 @torch.no_grad()
 def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
-    """Speed and size as ratios within one run: medians of interleaved repetitions, in seconds (bytes for the state)."""
+    """Speed and size as ratios within one run: medians of interleaved repetitions, in seconds (bytes for the state and for memory)."""
     lm, generator = reader.lm, reader.generator
-    ids = torch.arange(tokens)[None] % (lm.config.vocab_size - 10) + 5
+
+    def stream(tokens: int) -> Tensor:
+        return torch.arange(tokens)[None] % (lm.config.vocab_size - 10) + 5
+
+    generator.read(lm, stream(STREAMS[0]))  # warms up
+    peaks = [peak_memory(partial(generator.read, lm, stream(length))) for length in STREAMS]
+    ids = stream(tokens)
     state = generator.read(lm, ids)
     update = generator.write(state)
     prompt = reader.tokenizer(question_prompt("What is it?"), return_tensors="pt").input_ids
@@ -492,7 +509,32 @@ def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
         row("generation merged", "generation plain", "generation merged / plain"),
         row("generation hooked", "generation plain", "generation hooked / plain"),
         _ratio("state bytes chunk 32 / chunk 1", many, one, {"tokens": tokens}),
+        _ratio("peak memory, long / short stream", *peaks[::-1], {"tokens": STREAMS[::-1]}),
     ]
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """The most bytes that the process held at any time of a piece of work: of the accelerator where there is one, else of main memory, looked at every 5 ms."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated()
+    process, seen, done = psutil.Process(), [], threading.Event()
+
+    def watch() -> None:
+        while True:
+            seen.append(process.memory_info().rss)
+            if done.wait(0.005):
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen)
 
 
 def _ratio(name: str, numerator: float, denominator: float, sizes: dict) -> dict:

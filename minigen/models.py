@@ -7,7 +7,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .tasks import DATA
 
@@ -140,6 +142,35 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str = "right") -> tupl
     return ids, mask
 
 
+WORTHWHILE = 32  # tokens; shorter beginnings do not repay a pass of their own
+
+
+@torch.no_grad()
+def read_beginning(lm: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Cache | None:
+    """Keys and values of the tokens that all rows begin with, so that many questions about one text read it once; None where they are few.
+
+    At least two tokens of every row are left out, so that a pass over its rest predicts its last.
+    """
+    columns = zip(*(row[:-2] for row in rows), strict=False)
+    beginning = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
+    if len(rows) == 1 or len(beginning) < WORTHWHILE:
+        return None
+    return lm.base_model(torch.tensor([beginning], device=lm.device), use_cache=True).past_key_values
+
+
+def length(begun: Cache | None) -> int:
+    """How many tokens have been read."""
+    return begun.get_seq_length() if begun else 0
+
+
+def repeated(begun: Cache | None, rows: int) -> Cache | None:
+    """The same keys and values for every row of a batch; what was given stays as it is."""
+    if begun:
+        begun = deepcopy(begun)
+        begun.batch_repeat_interleave(rows)
+    return begun
+
+
 LINE_BREAKS = ("\n", "Ċ", "<0x0A>")  # as vocabularies of whole words, byte-level BPE and SentencePiece write it
 
 
@@ -150,12 +181,21 @@ def last_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @torch.no_grad()
-def answer(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 20) -> list[str]:
-    """Greedy continuations of a batch of prompts, up to the first line break (the paper's protocol: 20 tokens)."""
-    ids, mask = padded([tokenizer(prompt).input_ids for prompt in prompts], tokenizer.pad_token_id, side="left")
+def answer(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 20, begun: Cache | None = None
+) -> list[str]:
+    """Greedy continuations of a batch of prompts, up to the first line break (the paper's protocol: 20 tokens).
+
+    begun: keys and values of what all of them begin with, as `read_beginning` gives it.
+    """
+    rows, known = [tokenizer(prompt).input_ids for prompt in prompts], length(begun)
+    ids, mask = padded([row[known:] for row in rows], tokenizer.pad_token_id, side="left")
+    beginning = torch.tensor(rows[0][:known], dtype=torch.long).expand(len(rows), -1)
+    ids, mask = torch.cat([beginning, ids], dim=1), torch.cat([torch.ones_like(beginning), mask], dim=1)
     out = lm.generate(
         input_ids=ids.to(lm.device),
         attention_mask=mask.to(lm.device),
+        past_key_values=repeated(begun, len(rows)),
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,

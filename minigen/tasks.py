@@ -109,18 +109,22 @@ def _relations(file: str) -> tuple[dict, ...]:
     return tuple(json.loads(line) for line in (DATA / file).read_text().splitlines())
 
 
-def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: str = "open") -> Document:
+def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: str = "open", rivals: bool = False) -> Document:
     """A document of the synthetic world: facts about a few subjects in shuffled order, one question a fact.
 
     values: "open" (drawn fresh) or "closed" (lists of sixteen); the subjects' names are always fresh.
+    rivals: all subjects are of one kind and the same is told of each, so that only whose a value is tells it from the others.
     """
     count = rng.randint(*facts)
-    told = []
+    told, relations = [], []
     while len(told) < count:
-        about = rng.choice(("person", "person", "place", "organisation", "product", "event"))
+        if not (relations and rivals):
+            about = rng.choice(("person", "person", "place", "organisation", "product", "event"))
         subject = open_value(about, rng)
-        own = [relation for relation in _relations("world.jsonl") if relation["about"] == about]
-        for relation in rng.sample(own, min(rng.randint(1, 4), count - len(told))):
+        if not (relations and rivals):
+            own = [relation for relation in _relations("world.jsonl") if relation["about"] == about]
+            relations = rng.sample(own, min(rng.randint(1, 4), count - len(told)))
+        for relation in relations[: count - len(told)]:
             told.append((subject, relation, VALUES[values](relation["value"], rng)))
     rng.shuffle(told)
     return tell(told, rng)

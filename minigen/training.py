@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .formats import load_generator, save_generator, whole_folder
 from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm
-from .models import load_lm, padded, word_tokenizer
+from .models import length, load_lm, padded, repeated, word_tokenizer
 from .tasks import (
     DATA,
     BadData,
@@ -107,20 +107,24 @@ OBJECTIVES: dict[str, Callable[..., list[list[Target]]]] = {
 }
 
 
-def target_logits(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
-    """The LM's logits (fp32) for every target token, the token, and the row it stands in; the LM head runs only where there is a target."""
-    ids, mask = (t.to(lm.device) for t in padded([t.tokens for t in targets], pad))
+def target_logits(lm: PreTrainedModel, pad: int, targets: list[Target], begun: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The LM's logits (fp32) for every target token, the token, and the row it stands in; the LM head runs only where there is a target.
+
+    begun: keys and values of what all targets begin with, as `read_beginning` gives it.
+    """
+    known = length(begun)
+    ids, mask = (t.to(lm.device) for t in padded([t.tokens[known:] for t in targets], pad))
     position = torch.arange(1, ids.shape[1], device=ids.device)
-    start = torch.tensor([t.start for t in targets], device=ids.device)
+    start = torch.tensor([t.start - known for t in targets], device=ids.device)
     wanted = mask[:, 1:].bool() & (position >= start[:, None])
-    hidden = lm.base_model(ids[:, :-1], use_cache=False).last_hidden_state
+    hidden = lm.base_model(ids[:, :-1], past_key_values=repeated(begun, len(targets)), use_cache=begun is not None).last_hidden_state
     logits = lm.get_output_embeddings()(hidden[wanted.to(hidden.device)]).float()
     return logits, ids[:, 1:][wanted].to(logits.device), wanted.nonzero()[:, 0]
 
 
-def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target]) -> tuple[Tensor, Tensor]:
+def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target], begun: Cache | None = None) -> tuple[Tensor, Tensor]:
     """Cross-entropy (nats) of every target token, and the row it stands in."""
-    logits, tokens, rows = target_logits(lm, pad, targets)
+    logits, tokens, rows = target_logits(lm, pad, targets, begun)
     return cross_entropy(logits, tokens, reduction="none"), rows
 
 
@@ -252,7 +256,18 @@ class Recipe:
 LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
 PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
-TOLD = {"prose": 0.4, "world": 0.15, "closed world": 0.45}
+TABLE_2 = Recipe(
+    GeneratorConfig(targets=("attn.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256),
+    {"toy world": 1.0},
+    {"completion": 1.0, "reconstruction": 1.0},
+    pieces=4,
+    precision="float32",
+    contexts=16,
+    facts=(8, 16),
+    learning_rate=2e-3,
+    gain=1.0,
+)
+TOLD = {"prose": 0.3, "world": 0.1, "closed world": 0.3, "rivals": 0.3}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
     "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(2, 10), facts=(6, 8), optimizer="muon", learning_rate=7e-4, steady=0.2),
@@ -261,6 +276,11 @@ RECIPES = {
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
     "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=1.0),
+    "toy-default": TABLE_2,
+    "toy-reconstruction-only": replace(TABLE_2, objectives={"reconstruction": 1.0}),
+    "toy-completion-only": replace(TABLE_2, objectives={"completion": 1.0}),
+    "toy-frobenius": replace(TABLE_2, config=replace(TABLE_2.config, norm="frobenius")),
+    "toy-feed-forward": replace(TABLE_2, config=replace(TABLE_2.config, targets=("mlp.c_proj",))),
 }
 
 
@@ -268,6 +288,7 @@ FILES = {
     "prose": ["data/prose"],
     "world": ["data/world.jsonl"],
     "closed world": ["data/world.jsonl"],
+    "rivals": ["data/world.jsonl"],
     "dialogues": ["data/talk.jsonl"],
     "toy world": ["data/toy_world.json"],
 }
@@ -300,7 +321,7 @@ class Source:
             return world_dialogue(rng, self.recipe.facts)
         if kind == "tasks":
             return world_task(rng)
-        return world_document(rng, self.recipe.facts, "closed" if kind == "closed world" else "open")
+        return world_document(rng, self.recipe.facts, "open" if kind == "world" else "closed", rivals=kind == "rivals")
 
     def held_out(self) -> list[Document]:
         """Documents to validate on, which no step draws: of the toy world for the toy, else natural prose."""

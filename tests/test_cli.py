@@ -118,6 +118,7 @@ BAD = [
     (f"evaluate documents {EVALUATE} --data nowhere.jsonl", "nowhere.jsonl: no such file"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --limit few", "--limit: invalid int value: 'few'"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --tokens 5000", "contexts of 5000 tokens asked, but all the documents have"),
+    (f"evaluate objectives {EVALUATE} --data dev.jsonl --questions 2", "--questions 2 asked of the suite 'objectives'"),
     (f"evaluate dialogues {EVALUATE} --data talk.jsonl --tokens 50", "--tokens 50 asked of the suite 'dialogues'"),
     (f"evaluate objectives {EVALUATE} --data empty.txt", "empty.txt: the file is empty"),
     (f"evaluate poems {EVALUATE} --data dev.jsonl", "'poems'.*documents"),
@@ -270,6 +271,11 @@ def test_evaluate_some_methods_on_a_sample(minigen):
     assert (found["n"], list(found["methods"]), found["controls"]) == (4, ["closed-book"], {})
 
 
+def test_evaluate_some_questions_of_each(minigen):
+    assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods closed-book --questions 1")[0] == 0
+    assert [example["document"] for example in result()["examples"]] == [0, 1, 2]
+
+
 def test_evaluate_joined_documents_and_say_what_made_the_result(minigen):
     assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods closed-book --tokens 1000 --json joined.json")[0] == 0
     found = result("joined.json")
@@ -317,6 +323,7 @@ def test_evaluate_objectives(minigen):
     assert minigen(f"evaluate objectives {EVALUATE} --data raw.txt")[::2] == (0, "")
     found = result()
     assert (found["suite"], found["n"]) == ("objectives", 3) and found["perplexity"].keys() == {"reconstruction", "completion"}
+    assert [(each["objective"], each["paragraph"]) for each in found["examples"]] == [(o, n) for o in found["perplexity"] for n in range(3)]
     for values in found["perplexity"].values():
         assert values.keys() == {"plain", "adapter", "wrong adapter"} and len(set(values.values())) == 3 and min(values.values()) > 1
 
@@ -331,7 +338,8 @@ def test_export_is_a_lora_folder(minigen):
     assert (adapted(query).logits - plain).abs().max() > 1e-3
 
 
-def test_bench_rows(minigen):
+def test_bench_rows(minigen, monkeypatch):
+    monkeypatch.setattr(evaluation, "STREAMS", (64, 640))
     assert minigen("bench --lm lm --generator generator --json out/r.json")[::2] == (0, "")
     rows = {row["name"]: row for row in result()["rows"]}
     assert rows.keys() == {
@@ -340,7 +348,9 @@ def test_bench_rows(minigen):
         "generation merged / plain",
         "generation hooked / plain",
         "state bytes chunk 32 / chunk 1",
+        "peak memory, long / short stream",
     }
+    assert 0.9 < rows["peak memory, long / short stream"]["ratio"] < 1.1
     assert all(row["ratio"] > 0 and row["sizes"] for row in rows.values()) and result()["machine"]
     assert rows["state bytes chunk 32 / chunk 1"]["ratio"] == 1
 

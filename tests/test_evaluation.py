@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES
-from transformers import MistralConfig
+from torch.testing import assert_close
+from transformers import BatchEncoding, MistralConfig
 
 from minigen import evaluation
-from minigen.evaluation import BASELINES, CONTROLS, METHODS, Reader, accuracy, bench_norms, cost, memory, saved_for_backward, score
+from minigen.evaluation import BASELINES, CONTROLS, METHODS, Reader, accuracy, bench_norms, cost, memory, peak_memory, saved_for_backward, score
 from minigen.generator import GeneratorConfig
-from minigen.models import load_lm
+from minigen.models import answer, load_lm, read_beginning
 from minigen.tasks import BadData, Document, Question, question_prompt
-from minigen.training import RECIPES, blocks_computed_twice
+from minigen.training import RECIPES, Target, blocks_computed_twice, target_losses
 
 SETTINGS = GeneratorConfig(targets=("self_attn.o_proj", "attn.c_proj"), p=16, q=12, rank=4)
 
@@ -192,3 +193,45 @@ def test_continual_pretraining_learns_the_text_and_leaves_the_lm_as_it_was(lm_fo
     assert lm.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
     assert lm(ids, labels=ids).loss.item() == plain
+
+
+class Numbers:
+    """A tokenizer whose words are the token ids themselves; it has no line break, so answers are as long as they may be."""
+
+    pad_token_id, eos_token_id = 0, None
+
+    def __call__(self, text):
+        return BatchEncoding({"input_ids": [int(word) for word in text.split()]})
+
+    def get_vocab(self):
+        return {}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(str(int(n)) for n in ids)
+
+
+def test_what_all_prompts_begin_with_is_read_once_and_changes_no_answer(any_lm, tokens):
+    text, tokenizer = tokens(40).tolist(), Numbers()
+    rows = [text + tokens(length).tolist() for length in (3, 6, 4)]
+    prompts = [" ".join(map(str, row)) for row in rows]
+    begun = read_beginning(any_lm, rows)
+    assert begun.get_seq_length() == 40
+    for _ in range(2):  # the keys and values are as they were after a use
+        assert answer(any_lm, tokenizer, prompts, 5, begun) == answer(any_lm, tokenizer, prompts, 5)
+    targets = [Target(row, 41) for row in rows]
+    losses, places = target_losses(any_lm, 0, targets, begun)
+    assert_close(losses, target_losses(any_lm, 0, targets)[0])
+    assert places.tolist() == [0, 0, *[1] * 5, *[2] * 3]
+
+
+def test_peak_memory_sees_what_is_let_go_again():
+    size = 2**26
+    before = peak_memory(lambda: None)
+    assert peak_memory(lambda: torch.ones(size, dtype=torch.uint8).sum()) - before > 0.9 * size
+
+
+def test_short_beginnings_and_single_prompts_are_not_read_ahead(llama, tokens):
+    text = tokens(40).tolist()
+    assert read_beginning(llama, [[*text[:20], 1, 2], [*text[:20], 3, 4]]) is None
+    assert read_beginning(llama, [text]) is None
+    assert read_beginning(llama, [text, text]).get_seq_length() == 38  # two tokens of a row are left to predict with
