@@ -116,16 +116,16 @@ def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: 
     rivals: all subjects are of one kind and the same is told of each, so that only whose a value is tells it from the others.
     """
     count = rng.randint(*facts)
-    told, relations = [], []
+    told = []
     while len(told) < count:
-        if not (relations and rivals):
+        anew = not (rivals and told)
+        if anew:
             about = rng.choice(("person", "person", "place", "organisation", "product", "event"))
         subject = open_value(about, rng)
-        if not (relations and rivals):
+        if anew:
             own = [relation for relation in _relations("world.jsonl") if relation["about"] == about]
             relations = rng.sample(own, min(rng.randint(1, 4), count - len(told)))
-        for relation in relations[: count - len(told)]:
-            told.append((subject, relation, VALUES[values](relation["value"], rng)))
+        told += [(subject, relation, VALUES[values](relation["value"], rng)) for relation in relations[: count - len(told)]]
     rng.shuffle(told)
     return tell(told, rng)
 

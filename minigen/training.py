@@ -280,6 +280,7 @@ RECIPES = {
     "toy-reconstruction-only": replace(TABLE_2, objectives={"reconstruction": 1.0}),
     "toy-completion-only": replace(TABLE_2, objectives={"completion": 1.0}),
     "toy-frobenius": replace(TABLE_2, config=replace(TABLE_2.config, norm="frobenius")),
+    "toy-polar": replace(TABLE_2, config=replace(TABLE_2.config, norm="polar")),
     "toy-feed-forward": replace(TABLE_2, config=replace(TABLE_2.config, targets=("mlp.c_proj",))),
 }
 

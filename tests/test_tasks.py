@@ -80,6 +80,16 @@ def test_world_documents_can_answer_what_is_asked(values, facts):
     assert lengths == set(range(facts[0], facts[1] + 1))
 
 
+def test_of_rivals_the_same_is_told(monkeypatch):
+    monkeypatch.setattr(tasks, "tell", lambda facts, rng: facts)
+    for seed in range(100):
+        told: dict[str, list[str]] = {}
+        for subject, relation, _ in world_document(random.Random(seed), (6, 8), "closed", rivals=True):
+            told.setdefault(subject, []).append(relation["says"][0])
+        *whole, last = sorted((set(relations) for relations in told.values()), key=len, reverse=True)
+        assert whole and last <= whole[0] and all(relations == whole[0] for relations in whole)
+
+
 @pytest.mark.parametrize(("file", "subjects"), [("world.jsonl", 1), ("talk.jsonl", 0)])  # who talks of himself needs no name
 def test_no_two_relations_ask_the_same(file, subjects):
     asked = [(relation["about"], question) for relation in tasks._relations(file) for question in relation["asks"]]
