@@ -84,7 +84,9 @@ class PolarFactor(torch.autograd.Function):
         [ -S_d^T  sigma_k I ] [y_k] = [h_k]      S_d = S - U diag(sigma) V^T
 
     solved for y_k by conjugate gradients on sigma_k^2 I - S_d^T S_d, which DAMPING^2 sigma_1^2 keeps positive where the gap at the cut
-    closes.   dL/dS = U A V^T + X V^T + U Y^T,   A_ij = (P_ij - P_ji) / (sigma_i + sigma_j),   P = U^T dL/dU
+    closes; x_k is then (g_k + S_d y_k) / sigma_k, with 1 / sigma_k damped alike. So the gradient is that of norm="svd" where sigma_k and
+    its gap are far above DAMPING sigma_1, and finite, but another one, where they are not.
+    dL/dS = U A V^T + X V^T + U Y^T,   A_ij = (P_ij - P_ji) / (sigma_i + sigma_j),   P = U^T dL/dU
     """
 
     @staticmethod
@@ -110,20 +112,22 @@ class PolarFactor(torch.autograd.Function):
             return y - V @ (V.mT @ y)
 
         Y = conjugate_gradients(lambda y: (s.square() + DAMPING**2) * y - dropped(S.mT @ (S @ y)), dropped(s * h + S.mT @ g))
-        X = (g + S @ Y) / s * kept
+        X = (g + S @ Y) * s / (s.square() + DAMPING**2) * kept
         return (U @ among_kept @ V.mT + X @ V.mT + U @ Y.mT) / unit, None
 
 
 def conjugate_gradients(A: Callable[[Tensor], Tensor], right: Float[Tensor, "*b q r"]) -> Float[Tensor, "*b q r"]:
-    """x of A x = right for every column by itself, A positive definite (Hestenes and Stiefel 1952)."""
+    """x of A x = right for every column by itself, A positive definite (Hestenes and Stiefel 1952); a column that is solved stays as it is."""
     x, residual = torch.zeros_like(right), right
     direction, tiny = residual, torch.finfo(right.dtype).tiny
     square = start = residual.square().sum(-2, keepdim=True)
     for _ in range(SOLVER_STEPS):
-        if (square <= SOLVED**2 * start).all():
+        unsolved = square > SOLVED**2 * start
+        if not unsolved.any():
             break
         image = A(direction)
-        step = square / (direction * image).sum(-2, keepdim=True).clamp_min(tiny)
+        curvature = (direction * image).sum(-2, keepdim=True)
+        step = torch.where(unsolved & (curvature > 0), square / curvature.clamp_min(tiny), 0.0)  # below rounding it need not be positive
         x, residual = x + step * direction, residual - step * image
         before, square = square, residual.square().sum(-2, keepdim=True)
         direction = residual + square / before.clamp_min(tiny) * direction

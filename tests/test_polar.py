@@ -108,6 +108,15 @@ def count_checks(monkeypatch) -> list:
     return checks
 
 
+def test_directions_far_below_the_damping_get_no_louder_gradient_than_from_the_exact_norm():
+    spectrum = torch.cat([torch.logspace(0, -4.5, 38), torch.full((26,), 3e-9)])  # as in a trained state of 40 tokens
+    S = state_of(spectrum, 64, 64, batch=64).requires_grad_()
+    weight = 1e-4 * torch.randn(64, 64, 64, generator=torch.Generator().manual_seed(4))
+    gradients = {norm: torch.autograd.grad((normed(norm, S, 32) * weight).sum(), S)[0] for norm in (polar_norm, svd_norm)}
+    assert gradients[polar_norm].isfinite().all()
+    assert (gradients[polar_norm].norm(dim=(1, 2)) < 3 * gradients[svd_norm].norm(dim=(1, 2))).all()
+
+
 def test_directions_of_the_state_before_save_the_search(monkeypatch, random):
     S = state_of(0.97 ** torch.arange(1.0, 129), 128, 128)
     _, _, before = leading_triples(S, 32)
