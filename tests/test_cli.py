@@ -219,7 +219,7 @@ def test_an_answer_is_over_at_a_line_break_or_the_end_of_the_text(here):
 def test_prompting_is_plain_for_an_lm_that_cannot_chat(here, monkeypatch):
     lm, tokenizer = load_lm("lm")
     seen = []
-    monkeypatch.setattr(evaluation, "answer", lambda lm, tokenizer, prompts, new_tokens: seen.extend(prompts) or [])
+    monkeypatch.setattr(evaluation, "answer", lambda lm, tokenizer, prompts, *rest: seen.extend(prompts) or [])
     for template in (None, "{% for m in messages %}[{{ m.content }}]{% endfor %}"):
         tokenizer.chat_template = template
         METHODS["prompting"](Reader(lm, tokenizer, None), TEXT, ["Who?"])
