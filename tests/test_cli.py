@@ -271,6 +271,11 @@ def test_evaluate_some_methods_on_a_sample(minigen):
     assert (found["n"], list(found["methods"]), found["controls"]) == (4, ["closed-book"], {})
 
 
+def test_a_single_document_has_no_other_to_be_its_wrong_context(minigen):
+    assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods adapter --limit 1")[0] == 0
+    assert result()["controls"].keys() == {"empty", "shuffled"}
+
+
 def test_evaluate_some_questions_of_each(minigen):
     assert minigen(f"evaluate documents {EVALUATE} --data dev.jsonl --methods closed-book --questions 1")[0] == 0
     assert [example["document"] for example in result()["examples"]] == [0, 1, 2]
