@@ -17,8 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .evaluation import BASELINES, METHODS, WORDINGS, Reader, bench, bench_norms, evaluate_demonstrations, evaluate_documents, evaluate_objectives
+from .bench import bench, bench_norms, bench_training
+from .evaluation import BASELINES, METHODS, WORDINGS, Reader, evaluate_demonstrations, evaluate_documents, evaluate_objectives
 from .formats import BadGenerator, import_official, load_generator, official_config, save_generator, save_peft, whole_file
+from .gist import GISTS, train_gist
 from .models import UnknownLM, load_lm, load_weights, window
 from .tasks import DATA, BadData, joined, read_demonstrations, read_dialogues, read_documents, read_paragraphs, read_text
 from .training import RECIPES, train, train_toy_lm
@@ -30,7 +32,7 @@ def reader(asked: argparse.Namespace) -> Reader:
     """The LM, its tokenizer and its generator, checked to fit each other."""
     with out.status(f"loading {asked.lm}"):
         lm, tokenizer = load_lm(asked.lm)
-        return Reader(lm, tokenizer, load_generator(asked.generator or DATA / asked.lm, lm), asked.wording)
+        return Reader(lm, tokenizer, load_generator(asked.generator or DATA / asked.lm, lm), asked.wording, asked.gist)
 
 
 def write_json(path: Path | None, result: dict) -> None:
@@ -84,6 +86,11 @@ def run_train(asked: argparse.Namespace) -> None:
         if asked.resume and not (asked.out / "lm_log.csv").exists():
             raise BadData(f"--resume of toy-lm asked, but {asked.out}/lm_log.csv does not exist; leave --resume out, or name the folder of an earlier run")
         out.print(train_toy_lm(asked.out, asked.steps, asked.resume))
+        return
+    if asked.recipe in GISTS:
+        if not asked.steps or asked.resume:
+            raise BadData(f"{asked.recipe} is trained for a number of steps at once; say --steps 1100, without --resume")
+        out.print(train_gist(asked.recipe, asked.out, asked.lm, asked.steps))
         return
     if asked.resume and not (asked.out / "checkpoint").is_dir():
         raise BadData(f"--resume asked, but {asked.out}/checkpoint does not exist; leave --resume out, or name the folder of an earlier run")
@@ -162,6 +169,8 @@ def run_bench(asked: argparse.Namespace) -> None:
     """Speed, memory and cost, each as a ratio within the run."""
     if asked.norms:
         rows = bench_norms(reader(asked), "\n\n".join(d.text for d in read_documents(DATA / "documents" / "dev.jsonl")))
+    elif asked.training:
+        rows = bench_training(asked.lm, RECIPES[asked.training])
     else:
         rows = bench(reader(asked))
     table = Table("ratio", "value", title=machine())
@@ -216,7 +225,7 @@ def parser() -> Parser:
 
     def verb(name: str, run) -> Parser:
         sub = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run, wording=Reader.wording)
+        sub.set_defaults(run=run, wording=Reader.wording, gist=Reader.gist)
         sub.add_argument("--lm", default="smollm2", help="smollm2, toy, a folder, or a hub id")
         own = "the start by regression" if run is run_train else "the one shipped for the LM"
         sub.add_argument("--generator", type=Path, help=f"a generator's folder; by default {own}")
@@ -228,7 +237,7 @@ def parser() -> Parser:
     sub.add_argument("--json", type=Path, help="write the result here as well")
 
     sub = verb("train", run_train)
-    sub.add_argument("recipe", choices=[*RECIPES, "toy-lm"])
+    sub.add_argument("recipe", choices=[*RECIPES, *GISTS, "toy-lm"])
     sub.add_argument("--out", type=Path, required=True, help="where checkpoint, log and generator go")
     budget = sub.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=above_zero(float), help="train for so long")
@@ -241,6 +250,7 @@ def parser() -> Parser:
     sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; a MetaICL folder; for objectives also plain text")
     sub.add_argument("--methods", default=",".join(METHODS), help=f"comma-separated; besides these: {', '.join(BASELINES)}")
     sub.add_argument("--wording", choices=WORDINGS, default=Reader.wording, help="how prompting puts the text and the question")
+    sub.add_argument("--gist", type=Path, help="a folder of trained gist tokens, for the method gist")
     sub.add_argument("--tokens", type=above_zero(int), help="join neighbouring documents to contexts of about so many tokens")
     sub.add_argument("--limit", type=above_zero(int), help="only a seeded sample of so many contexts or paragraphs")
     sub.add_argument("--questions", type=above_zero(int), help="only a seeded sample of so many questions of each context")
@@ -257,7 +267,9 @@ def parser() -> Parser:
     sub.add_argument("--lm", help="where its base LM is; by default where the checkpoint says")
 
     sub = verb("bench", run_bench)
-    sub.add_argument("--norms", action="store_true", help="instead, what the ways to normalise a state cost, and how exact they are")
+    instead = sub.add_mutually_exclusive_group()
+    instead.add_argument("--training", choices=RECIPES, metavar="RECIPE", help="instead, contexts a minute, and what each way to save work brings")
+    instead.add_argument("--norms", action="store_true", help="instead, what the ways to normalise a state cost, and how exact they are")
     sub.add_argument("--json", type=Path, help="write the result here as well")
     return everything
 

@@ -1,18 +1,16 @@
-"""Methods (closed-book, prompting, adapter, fine-tuning) x suites (documents, demonstrations, dialogues, objectives), with what each costs; memory by arithmetic, and the bench."""
+"""Methods (closed-book, prompting, adapter, fine-tuning) x suites (documents, demonstrations, dialogues, objectives), with what each costs; memory by arithmetic."""
 
 import random
 import re
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from operator import add
+from functools import partial
+from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,9 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, svd_norm
+from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig
+from .gist import GISTS, count_tokens, load_gist
 from .models import answer, read_beginning, window
-from .polar import polar_norm
 from .tasks import BadData, Document, Question, answer_recall, exact_match, f1, question_prompt
 from .training import Target, blocks_computed_twice, continued, target_losses
 
@@ -30,7 +28,6 @@ NEW_TOKENS = 20
 BATCH, HELD = 32, 2**15  # prompts answered side by side, and tokens of them together
 TUNED_RANK, TUNED_RATE, TUNED_STEPS = 16, 1e-3, 20  # of the fine-tuned baselines
 PASSAGES = 3  # that retrieval puts into the prompt
-STREAMS = (2048, 32768)  # tokens, of which the longer must not need more memory
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,14 @@ class Reader:
     """An LM, its tokenizer, the generator that was trained for it, and how prompting words a question.
 
     wording: a name in WORDINGS; None for "led chat", the one that did best on data/documents/dev.jsonl, or "plain" for an LM that cannot chat.
+    gist: the folder of trained gist tokens, for the method of that name.
     """
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     generator: AdapterGenerator
     wording: str | None = None
+    gist: Path | None = None
 
     def read(self, text: str) -> ContextState:
         """The state of a text, as it stands, without a template around it."""
@@ -159,6 +158,17 @@ def few_shot_tuning(reader: Reader, context: str, questions: Sequence[str], deco
         return closed_book(reader, context, questions, decode)
 
 
+def gist(reader: Reader, context: str, questions: Sequence[str], decode: Decode = greedy) -> list[str]:
+    """The LM with a trained LoRA and of the text only the keys and values of trained tokens behind it; with none of these, tuned prompting."""
+    if reader.gist is None or decode is not greedy:
+        raise BadData(f'"gist" asked {"to choose" if reader.gist else "without --gist DIR"}; train one ({", ".join(GISTS)}), for the suites documents and dialogues')
+    trained = load_gist(reader.gist, reader.lm, reader.tokenizer)
+    try:
+        return trained.answer(context, questions, NEW_TOKENS)
+    finally:
+        trained.lm.unload()
+
+
 @contextmanager
 def tuned(reader: Reader, targets: list[Target]):
     """Within it the LM has a LoRA in the layers that the generator adapts, trained on these targets; afterwards it is as it was."""
@@ -185,6 +195,7 @@ BASELINES: dict[str, Callable[..., list[str]]] = {
     "retrieval": retrieval,
     "continual pretraining": continual_pretraining,
     "few-shot tuning": few_shot_tuning,
+    "gist": gist,
 }
 
 
@@ -344,6 +355,8 @@ def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
     shown = {"prompting": context, "retrieval": context * statistics.fmean(min(1.0, PASSAGES / len(_passages(d.text))) for d in documents)}
     tuned_floats = TUNED_RANK * widths
     kept = {"prompting": kv * context, "retrieval": context, "continual pretraining": tuned_floats, "few-shot tuning": tuned_floats}
+    if reader.gist:
+        kept["gist"] = kv * (count_tokens(reader.gist) or context)
     kept |= dict.fromkeys(("adapter", "sequential adapter"), rank * widths)
     tokens = asked + shown.get(method, 0)
     return {"tflops": round(forward_flops(reader.lm, tokens) / 1e12, 5), "storage_floats": round(kept.get(method, 0))}
@@ -443,162 +456,3 @@ def saved_for_backward(run: Callable[[], object], weights: Sequence[Tensor]) -> 
         result = run()
     known = {weight.untyped_storage()._cdata for weight in weights}
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in known), result
-
-
-# --------------------------------------------------------------------------------------------------- bench
-
-
-@torch.no_grad()
-def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
-    """Speed and size as ratios within one run: medians of interleaved repetitions, in seconds (bytes for the state and for memory)."""
-    lm, generator = reader.lm, reader.generator
-
-    def stream(tokens: int) -> Tensor:
-        return torch.arange(tokens)[None] % (lm.config.vocab_size - 10) + 5
-
-    def read(length: int) -> None:  # again and again, for what an allocator keeps for itself grows with the work done
-        for _ in range(STREAMS[1] // length):
-            generator.read(lm, stream(length))
-
-    peaks = [peak_memory(partial(read, length)) for length in STREAMS]
-    ids = stream(tokens)
-    state = generator.read(lm, ids)
-    update = generator.write(state)
-    prompt = reader.tokenizer(question_prompt("What is it?"), return_tensors="pt").input_ids
-
-    def generate() -> None:
-        lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=32, max_new_tokens=32, do_sample=False, pad_token_id=0)
-
-    def merged() -> float:
-        update.merge_into(lm)
-        try:
-            return seconds(generate)
-        finally:
-            update.restore(lm)
-
-    def hooked() -> float:
-        with update.applied_to(lm):
-            return seconds(generate)
-
-    def seconds(work: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-
-    timed = {
-        "forward pass": lambda: seconds(lambda: lm(ids)),
-        "read": lambda: seconds(lambda: generator.read(lm, ids)),
-        "write": lambda: seconds(lambda: generator.write(state)),
-        "generation plain": lambda: seconds(generate),
-        "generation merged": merged,
-        "generation hooked": hooked,
-    }
-    runs: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in tqdm(range(repeats + 1), desc="bench", unit="round", disable=None):
-        for name, work in timed.items():
-            taken = work()
-            if repeat:  # the first round warms up
-                runs[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in runs.items()}
-
-    sizes = {"tokens": tokens, "new_tokens": 32, "repeats": repeats}
-
-    def row(top: str, bottom: str, name: str | None = None) -> dict:
-        return _ratio(name or f"{top} / {bottom}", medians[top], medians[bottom], sizes)
-
-    chunks = [generator.read(lm, chunk) for chunk in ids.chunk(32, dim=1)]
-    one, many = chunks[0].S.nbytes, reduce(add, chunks).S.nbytes
-    return [
-        row("read", "forward pass"),
-        row("write", "forward pass"),
-        row("generation merged", "generation plain", "generation merged / plain"),
-        row("generation hooked", "generation plain", "generation hooked / plain"),
-        _ratio("state bytes chunk 32 / chunk 1", many, one, {"tokens": tokens}),
-        _ratio("peak memory, long / short stream", *peaks[::-1], {"tokens": STREAMS[::-1]}),
-    ]
-
-
-def peak_memory(work: Callable[[], object]) -> int:
-    """The most bytes that the process held at any time of a piece of work: of the accelerator where there is one, else of main memory, looked at every 5 ms."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated()
-    process, seen, done = psutil.Process(), [], threading.Event()
-
-    def watch() -> None:
-        while True:
-            seen.append(process.memory_info().rss)
-            if done.wait(0.005):
-                return
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return max(seen)
-
-
-def _ratio(name: str, numerator: float, denominator: float, sizes: dict) -> dict:
-    return {"name": name, "ratio": round(numerator / denominator, 4), "numerator": round(numerator, 5), "denominator": round(denominator, 5), "sizes": sizes}
-
-
-NORMED = ((30, 128, 32), (8, 1024, 128))  # layers, side of the state, rank: of a laptop's generator and of a fourth of Mistral-7B's
-
-
-def bench_norms(reader: Reader, text: str, shapes: Sequence[tuple[int, int, int]] = NORMED, repeats: int = 5) -> list[dict]:
-    """Seconds (medians of interleaved repetitions) and relative error of ways to U_r V_r^T, as ratios to the exact decomposition's.
-
-    The states have random directions and the spectra 1/k, 0.95^k, one that is flat but for a gap of 5 % at r, and that of the
-    generator's middle layer after `text`, stretched to the size on a logarithmic scale.
-    """
-    trained = torch.linalg.svdvals(reader.read(text).S[len(reader.generator.layers) // 2, 0]).log()
-    rows = []
-    for layers, side, rank in shapes:
-        k = torch.arange(1.0, side + 1)
-        spectra = {
-            "trained": torch.nn.functional.interpolate(trained[None, None], side, mode="linear", align_corners=True)[0, 0].exp(),
-            "1/k": 1 / k,
-            "0.95^k": 0.95**k,
-            "flat, gap 1.05": torch.where(k <= rank, 1.05, 1.0),
-        }
-        for spectrum, sigma in spectra.items():
-            U, V = (torch.linalg.qr(torch.randn(layers, side, side, generator=torch.Generator().manual_seed(seed))).Q for seed in (0, 1))
-            what = f"{layers} x {side} x {side}, {spectrum}"
-            medians, errors = _time_norms((U * sigma) @ V.mT, U[..., :rank] @ V[..., :rank].mT, rank, repeats, what)
-            sizes = {"layers": layers, "side": side, "rank": rank, "spectrum": spectrum, "repeats": repeats}
-            for name, median in medians.items():
-                against = "svd backward" if name.endswith("backward") else "svd"
-                error = {"error": float(f"{errors[name]:.2g}")} if name in errors else {}
-                rows.append(_ratio(f"{name} / {against}", median, medians[against], sizes) | error)
-    return rows
-
-
-def _time_norms(S: Tensor, exact: Tensor, rank: int, repeats: int, what: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of every way, forward and where there is one backward, and how far each is from the exact result."""
-    S, weight = S.requires_grad_(), torch.randn(S.shape, generator=torch.Generator().manual_seed(2))
-    ways: dict[str, Callable] = {"svd": partial(svd_norm, S, rank), "polar": partial(polar_norm, S, rank)}
-    ways |= {f"svd_lowrank {n}": partial(_lowrank, S.detach(), rank, n) for n in (1, 2, 4, 8, 16)}
-    seconds: dict[str, list[float]] = {}
-    errors = {}
-    for _ in tqdm(range(repeats), desc=what, unit="round", disable=None):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            left, right = way()
-            seconds.setdefault(name, []).append(time.perf_counter() - began)
-            N = left @ right.mT
-            errors[name] = ((N.detach() - exact).norm() / exact.norm()).item()
-            if N.requires_grad:
-                loss = (N * weight).sum()
-                began = time.perf_counter()
-                loss.backward()
-                seconds.setdefault(f"{name} backward", []).append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}, errors
-
-
-def _lowrank(S: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor]:
-    U, _, V = torch.svd_lowrank(S, q=rank, niter=power_iterations)
-    return U, V

@@ -81,6 +81,7 @@ class LeadingDirections(torch.autograd.Function):
 
         i, j both kept:        a = 1 / (sigma_i + sigma_j),                    b = -a       (the polar factor)
         k kept, d dropped:     a = sigma_k / (sigma_k^2 - sigma_d^2),          b = sigma_d / (sigma_k^2 - sigma_d^2)
+        k kept, d beyond:      a = 1 / sigma_k,                                b = 0  (what only the longer side of a rectangular S has)
         both dropped:          a = b = 0
 
     No term is left out, and none divides by the difference of two kept values, so equal ones do no harm. Every 1/x above,
@@ -90,11 +91,9 @@ class LeadingDirections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, S: Float[Tensor, "*b p q"], rank: int):
-        p, q = S.shape[-2:]
-        side = max(p, q)  # padded with null directions, so that U and V are square
-        U, sigma, Vh = torch.linalg.svd(nn.functional.pad(S, (0, side - q, 0, side - p)))
-        kept = (torch.arange(side, device=S.device) < rank) & (sigma > NULL_DIRECTION * sigma[..., :1])
-        U, V = U[..., :p, :], Vh.mT[..., :q, :]
+        U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+        kept = (torch.arange(sigma.shape[-1], device=S.device) < rank) & (sigma > NULL_DIRECTION * sigma[..., :1])
+        V = Vh.mT
         ctx.save_for_backward(U, V, sigma, kept)
         kept = kept[..., None, :rank]
         return U[..., :rank] * kept, V[..., :rank] * kept
@@ -102,7 +101,8 @@ class LeadingDirections(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_left: Float[Tensor, "*b p r"], grad_right: Float[Tensor, "*b q r"]):
         U, V, sigma, kept = ctx.saved_tensors
-        dropped_columns = (0, sigma.shape[-1] - grad_left.shape[-1])
+        rank = grad_left.shape[-1]
+        dropped_columns = (0, sigma.shape[-1] - rank)
         columns = nn.functional.pad(U.mT @ grad_left, dropped_columns)  # G where its column is kept
         rows = nn.functional.pad(V.mT @ grad_right, dropped_columns).mT  # G where its row is kept
         G = torch.where(kept[..., None, :], columns, rows)
@@ -114,7 +114,10 @@ class LeadingDirections(torch.autograd.Function):
         per_sum, per_gap = ((d / (d.square() + DAMPING**2)) for d in (x + y, (x - y).abs()))
         a = both * per_sum + one * per_sum * per_gap * torch.maximum(x, y)
         b = one * per_sum * per_gap * torch.minimum(x, y) - both * per_sum
-        return U @ (a * G + b * G.mT) @ V.mT / unit, None
+        beyond = kept[..., None, :rank] * (x / (x.square() + DAMPING**2)).mT[..., :rank]
+        left = (grad_left - U @ (U.mT @ grad_left)) * beyond
+        right = (grad_right - V @ (V.mT @ grad_right)) * beyond
+        return (U @ (a * G + b * G.mT) @ V.mT + left @ V[..., :rank].mT + U[..., :rank] @ right.mT) / unit, None
 
 
 def svd_norm(S: Float[Tensor, "*b p q"], rank: int) -> tuple[Float[Tensor, "*b p r"], Float[Tensor, "*b q r"]]:

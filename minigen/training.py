@@ -253,7 +253,7 @@ class Recipe:
     seed: int = 0
 
 
-LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=256, rank=128, alpha=256.0)
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=384, rank=96, alpha=256.0)
 PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
 TABLE_2 = Recipe(
@@ -267,10 +267,10 @@ TABLE_2 = Recipe(
     learning_rate=2e-3,
     gain=1.0,
 )
-TOLD = {"prose": 0.3, "world": 0.1, "closed world": 0.3, "rivals": 0.3}
+TOLD = {"prose": 0.45, "world": 0.1, "closed world": 0.2, "rivals": 0.25}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
-    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(2, 10), facts=(6, 8), optimizer="muon", learning_rate=7e-4, steady=0.2),
+    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(2, 10), facts=(6, 10), optimizer="muon", learning_rate=7e-4, steady=0.2),
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
     "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),

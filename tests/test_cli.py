@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minigen import evaluation, training
+from minigen import bench, evaluation, training
 from minigen.__main__ import main
 from minigen.evaluation import CONTROLS, METHODS, WORDINGS, Reader, likeliest
 from minigen.formats import WEIGHTS, load_generator, save_generator
@@ -128,6 +128,11 @@ BAD = [
     ("export --lm lm --generator foreign --out out --context text.txt", "foreign: made for another"),
     ("train toy-lm --out out --minutes 1", "toy-lm.*--steps"),
     ("train toy-lm --out out --steps 5 --resume", "out/lm_log.csv does not exist"),
+    ("train toy-gist-4 --lm toy --out out --minutes 1", "toy-gist-4 is trained for a number of steps"),
+    ("train toy-gist-4 --lm toy --out out --steps 2 --resume", "without --resume"),
+    (f"evaluate documents {EVALUATE} --data dev.jsonl --methods gist", '"gist" asked without --gist DIR'),
+    (f"evaluate documents {EVALUATE} --data dev.jsonl --methods gist --gist folder", "folder: no gist found there"),
+    ("bench --lm lm --norms --training toy", "not allowed with"),
     ("import-official folder --out out", "folder: adapter_config.json is missing"),
     ("import-official nowhere --out out", "nowhere: adapter_config.json is missing"),
     ("import-official official --out out --lm lm", "made for ../base, but --lm lm was given"),
@@ -344,7 +349,7 @@ def test_export_is_a_lora_folder(minigen):
 
 
 def test_bench_rows(minigen, monkeypatch):
-    monkeypatch.setattr(evaluation, "STREAMS", (64, 640))
+    monkeypatch.setattr(bench, "STREAMS", (64, 640))
     assert minigen("bench --lm lm --generator generator --json out/r.json")[::2] == (0, "")
     rows = {row["name"]: row for row in result()["rows"]}
     assert rows.keys() == {
@@ -353,9 +358,10 @@ def test_bench_rows(minigen, monkeypatch):
         "generation merged / plain",
         "generation hooked / plain",
         "state bytes chunk 32 / chunk 1",
-        "peak memory, long / short stream",
+        "peak memory of tensors, long / short stream",
+        "peak memory of the process, long / short stream",
     }
-    assert 0.9 < rows["peak memory, long / short stream"]["ratio"] < 1.1
+    assert 0.9 < rows["peak memory of the process, long / short stream"]["ratio"] < 1.1
     assert all(row["ratio"] > 0 and row["sizes"] for row in rows.values()) and result()["machine"]
     assert rows["state bytes chunk 32 / chunk 1"]["ratio"] == 1
 
