@@ -237,11 +237,12 @@ def varied_prose(record: dict, rng: random.Random, share: float = 0.7) -> Docume
 
 
 def excerpt(document: Document, rng: random.Random, sentences: tuple[int, int]) -> Document:
-    """A few neighbouring sentences of a document with the questions that they answer; the whole of it where they answer none."""
-    parts = re.split(r"(?<=[.!?])\s+", document.text)
+    """A few neighbouring sentences (of a conversation, turns) of a document with the questions that they answer; the whole of it where they answer none."""
+    turns = document.text.startswith("Speaker ")
+    parts = re.findall(r".+\n*" if turns else r"(?s:.+?(?:[.!?]\s+|$))", document.text)
     count = rng.randint(*sentences)
     start = rng.randrange(max(1, len(parts) - count + 1))
-    text = " ".join(parts[start : start + count])
+    text = "".join(parts[start : start + count]).strip()
     questions = tuple(q for q in document.questions if re.search(rf"(?<!\w){re.escape(q.answers[0])}(?!\w)", text))
     return Document(text, questions) if questions else document
 

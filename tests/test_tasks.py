@@ -198,6 +198,13 @@ def test_excerpts_are_neighbouring_sentences_that_answer_their_questions():
     assert shortened > len(PROSE) / 2
 
 
+def test_excerpts_of_a_conversation_are_neighbouring_turns():
+    turns = ["Speaker 1: Hi! I am Al.\n", "Speaker 2: Oh? You?\n\n", "Speaker 2: I am Bo. I sell red hats.\n", "Speaker 1: Red ones?"]
+    document = Document("".join(turns), (Question("What does Speaker 2 sell?", ("red hats",)),))
+    parts = {excerpt(document, random.Random(seed), (1, 2)).text for seed in range(20)}
+    assert parts == {turns[2].strip(), turns[1] + turns[2].strip(), turns[2] + turns[3], document.text}
+
+
 def test_an_excerpt_without_an_answer_is_the_whole_document():
     document = Document("One. Two. Three.", (Question("What comes last?", ("Four",)),))
     assert excerpt(document, random.Random(0), (1, 1)) == document
