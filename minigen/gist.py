@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate, chain
@@ -144,7 +145,9 @@ def load_gist(folder: str | Path, lm: PreTrainedModel, tokenizer: PreTrainedToke
         raise BadGenerator(f"{folder}: no gist found there; name the folder that `train` wrote, by one of the recipes {[*GISTS]}") from None
     if made_for["fingerprint"] != fingerprint(lm):
         raise BadGenerator(f"{folder}: made for the LM {made_for['name']}, another one was given; load that, or train one for this")
-    return Gist(PeftModel.from_pretrained(lm, folder), tokenizer, load_file(folder / TOKENS)["tokens"]).eval()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about names within transformers, which peft still uses
+        peft = PeftModel.from_pretrained(lm, folder)
+    return Gist(peft, tokenizer, load_file(folder / TOKENS)["tokens"]).eval()
 
 
 def count_tokens(folder: str | Path) -> int:
