@@ -223,7 +223,7 @@ TRICKS = (
 )
 
 
-def bench_training(lm_name: str, recipe: Recipe, repeats: int = 5) -> list[dict]:
+def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]:
     """Contexts a minute of training by a recipe's mixture on answers, as it is and without each of TRICKS; medians of interleaved repetitions.
 
     The optimiser's step, which is the same everywhere, is left out.
