@@ -10,11 +10,11 @@ layer, r rank kept, p / q the value and key side of the state (both d_r in the p
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
+from itertools import accumulate
 
 import torch
 from einops import einsum, rearrange
@@ -355,18 +355,17 @@ class AdapterGenerator(nn.Module):
             ids = nn.utils.rnn.pad_sequence(parts, batch_first=True)
             lengths = torch.tensor([len(part) for part in parts], device=ids.device)
             mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-            if self.config.encode == "sequential" and so_far is not None:
-                with self.write(so_far).applied_to(lm):
-                    H = block_inputs(lm, self.layers, input_ids=ids)
-            else:
-                H = block_inputs(lm, self.layers, input_ids=ids)
-            state = self.contribution(H, mask)
-            so_far = state if so_far is None else so_far + state
+            with self.write(so_far).applied_to(lm) if so_far else nullcontext():
+                state = self.contribution(block_inputs(lm, self.layers, input_ids=ids), mask)
+            if self.config.encode == "sequential":
+                so_far = so_far + state if so_far else state
             yield state
+            del state  # not to be held while the next chunk is read
 
     def read(self, lm: nn.Module, input_ids: Int[Tensor, "b n"], attention_mask: Int[Tensor, "b n"] | None = None) -> ContextState:
         """One pass of the frozen LM over a context, summed into its state (eq. 3); O(1) memory in the length of the stream."""
-        return reduce(add, self.read_chunks(lm, input_ids, attention_mask))
+        sums = accumulate(self.read_chunks(lm, input_ids, attention_mask))
+        return deque(sums, maxlen=1).pop()  # the last; reduce would hold on to the one before it
 
     def write(self, state: ContextState) -> Adapter:
         """The adapter of a state.   W_delta = (alpha / p) A1 norm_r(S) B2, as factors up = A1 U_r and down = V_r^T B2"""
