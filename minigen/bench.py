@@ -73,14 +73,7 @@ def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
         "generation merged": merged,
         "generation hooked": hooked,
     }
-    runs: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in tqdm(range(repeats + 1), desc="bench", unit="round", disable=None):
-        for name, work in timed.items():
-            taken = work()
-            if repeat:  # the first round warms up
-                runs[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in runs.items()}
-
+    medians = _medians({name: lambda _, work=work: work() for name, work in timed.items()}, repeats, "bench")
     sizes = {"tokens": tokens, "new_tokens": 32, "repeats": repeats}
 
     def row(top: str, bottom: str, name: str | None = None) -> dict:
@@ -150,6 +143,17 @@ class _Storages(TorchDispatchMode):
 
 def _storages(tree: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _medians(timed: dict[str | None, Callable[[int], float]], repeats: int, what: str) -> dict[str | None, float]:
+    """The median seconds of every piece of work over interleaved rounds, whose number it is told; the first one warms up."""
+    runs: dict[str | None, list[float]] = {name: [] for name in timed}
+    for nth in tqdm(range(repeats + 1), desc=what, unit="round", disable=None):
+        for name, work in timed.items():
+            taken = work(nth)
+            if nth:
+                runs[name].append(taken)
+    return {name: statistics.median(values) for name, values in runs.items()}
 
 
 def _ratio(name: str, numerator: float, denominator: float, sizes: dict) -> dict:
@@ -260,12 +264,10 @@ def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]
         generator.zero_grad()
         return time.perf_counter() - began
 
-    runs: dict[str | None, list[float]] = {way: [] for way in (None, *TRICKS)}
-    for repeat in tqdm(range(repeats + 1), desc="bench of training", unit="round", disable=None):
-        for way, seconds in runs.items():
-            taken = statistics.fmean(step(POOL * repeat + place, way) for place in range(POOL))
-            if repeat:  # the first round warms up
-                seconds.append(taken)
-    a_minute = {way: 60 * recipe.contexts / statistics.median(seconds) for way, seconds in runs.items()}
+    def steps(nth: int, without: str | None) -> float:
+        return statistics.fmean(step(POOL * nth + place, without) for place in range(POOL))
+
+    medians = _medians({way: partial(steps, without=way) for way in (None, *TRICKS)}, repeats, "bench of training")
+    a_minute = {way: 60 * recipe.contexts / seconds for way, seconds in medians.items()}
     sizes = {"contexts": recipe.contexts, "steps": POOL * repeats}
     return [_ratio(f"contexts a minute, with / without {way}", a_minute[None], a_minute[way], sizes) for way in TRICKS]

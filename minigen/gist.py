@@ -58,7 +58,7 @@ class Gist(nn.Module):
         embedded[holds == GIST] = self.tokens.repeat(len(rows), 1).to(embedded)
 
         to, of = holds[:, :, None], holds[:, None, :]
-        seen = (to == of) | (to > TEXT) & (of == TEXT) if not count else (to == of) | (to == GIST) & (of == TEXT) | (to > GIST) & (of == GIST)
+        seen = (to == of) | (to == GIST) & (of == TEXT) | (to >= QUESTION) & (of == (GIST if count else TEXT))
         seen &= torch.ones_like(seen[0]).tril()
         mask = torch.zeros_like(seen, dtype=embedded.dtype).masked_fill(~seen, torch.finfo(embedded.dtype).min)[:, None]
         backbone = self.lm.get_base_model().base_model

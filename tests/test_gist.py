@@ -55,7 +55,7 @@ def test_a_row_does_not_depend_on_its_longer_neighbour(llama, count):
         assert_close(hidden, alone)
 
 
-def test_what_was_trained_is_loaded_and_asked(tmp_path, monkeypatch):
+def test_what_was_trained_is_loaded_and_asked(tmp_path):
     rows = [train_gist("toy-gist-4", tmp_path / name, "toy", 2) for name in ("one", "two")]
     assert rows[0] == rows[1] and rows[0]["contexts"] == 64
     lm, tokenizer = load_lm("toy")
@@ -67,7 +67,7 @@ def test_what_was_trained_is_loaded_and_asked(tmp_path, monkeypatch):
     assert cost(reader, "gist", [Document("Ada is a vet .", (Question("What is Ada ?", ("vet",)),))])["storage_floats"] == 4 * 2 * 4 * 144
 
 
-def test_what_a_gist_cannot_do_is_said(tmp_path, llama, lm_folder):
+def test_what_a_gist_cannot_do_is_said(tmp_path, lm_folder):
     lm, tokenizer = load_lm(str(lm_folder))
     reader = Reader(lm, tokenizer, None)
     with pytest.raises(BadData, match="without --gist DIR"):
