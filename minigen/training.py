@@ -223,7 +223,8 @@ def cut(tokens: list[int], pieces: int) -> list[list[int]]:
 class Recipe:
     """Everything that decides a training run but the LM and the time it gets.
 
-    mixture: share of each source in a step's contexts.  sentences / facts / paragraphs: sizes of an excerpt / a world document or dialogue / a raw text.
+    mixture: share of each source in a step's documents.  sentences / facts / paragraphs: sizes of an excerpt / a world document or dialogue / a raw text.
+    documents: how many of them, of any source, are joined to one context.
     objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  precision: the frozen LM's.
     checkpointing: keep less for the backward pass and compute it again, a third slower.
     steady: share of the run at full learning rate; it then falls linearly to a twentieth.
@@ -238,6 +239,7 @@ class Recipe:
     precision: str = "bfloat16"
     checkpointing: bool = False
     contexts: int = 8
+    documents: tuple[int, int] = (1, 1)
     sentences: tuple[int, int] = (1, 8)
     facts: tuple[int, int] = (1, 8)
     paragraphs: tuple[int, int] = (1, 4)
@@ -253,7 +255,7 @@ class Recipe:
     seed: int = 0
 
 
-LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=256, q=384, rank=96, alpha=256.0)
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=96, alpha=384.0)
 PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
 TABLE_2 = Recipe(
@@ -270,7 +272,7 @@ TABLE_2 = Recipe(
 TOLD = {"prose": 0.45, "world": 0.1, "closed world": 0.2, "rivals": 0.25}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
-    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(2, 10), facts=(6, 10), optimizer="muon", learning_rate=7e-4, steady=0.2),
+    "facts": Recipe(LAPTOP, TOLD, RECALL, documents=(1, 3), sentences=(2, 12), facts=(6, 12), optimizer="muon", learning_rate=7e-4, steady=0.2),
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
     "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
@@ -324,6 +326,12 @@ class Source:
             return world_task(rng)
         return world_document(rng, self.recipe.facts, "open" if kind == "world" else "closed", rivals=kind == "rivals")
 
+    def context(self, rng: random.Random) -> Document:
+        """A few documents one behind the other, with all their questions."""
+        fewest, most = self.recipe.documents
+        documents = [self.document(rng) for _ in range(rng.randint(fewest, most) if fewest < most else fewest)]
+        return Document("\n\n".join(d.text for d in documents), tuple(q for d in documents for q in d.questions))
+
     def held_out(self) -> list[Document]:
         """Documents to validate on, which no step draws: of the toy world for the toy, else natural prose."""
         if "toy world" in self.recipe.mixture:
@@ -334,7 +342,7 @@ class Source:
         """A step's documents, each with its own random numbers: of a pool for POOL steps the ones of like length, so that little is padding."""
         pool, place = divmod(step, POOL)
         rng = random.Random(f"{self.recipe.seed} {pool}")
-        documents = sorted((self.document(rng) for _ in range(POOL * self.recipe.contexts)), key=lambda d: len(d.text))
+        documents = sorted((self.context(rng) for _ in range(POOL * self.recipe.contexts)), key=lambda d: len(d.text))
         order = rng.sample(range(POOL), POOL)
         first = order[place] * self.recipe.contexts
         chosen = range(first, first + self.recipe.contexts)

@@ -270,6 +270,15 @@ def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
         assert len({tuple(one.batch(step)[0]) for step in range(8)}) == 8
 
 
+def test_a_context_joins_documents_and_asks_about_each():
+    lone = Source(replace(RECIPE, mixture={"world": 1.0}, facts=(2, 2)), [])
+    joining = Source(replace(lone.recipe, documents=(1, 3)), [])
+    contexts = [joining.context(random.Random(seed)) for seed in range(30)]
+    assert {(1 + c.text.count("\n\n"), len(c.questions)) for c in contexts} == {(1, 2), (2, 4), (3, 6)}
+    assert all(question.answers[0] in context.text for context in contexts for question in context.questions)
+    assert lone.context(random.Random(0)) == lone.document(random.Random(0))
+
+
 def test_raw_text_that_nobody_named_is_pythons_manual(tmp_path):
     recipe = Recipe(TINY, {"text": 1.0}, {"reconstruction": 1.0}, paragraphs=(2, 3))
     source = Source(recipe, [])
