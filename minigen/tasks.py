@@ -320,6 +320,12 @@ def _squad_document(where: str, record) -> Document:
     return Document(_need(where, record, "context", str), questions)
 
 
+def together(documents: Sequence[Document], asked: int | None = None) -> Document:
+    """Documents as one context, an empty line between them, with the questions of the first `asked` of them, or of all."""
+    questions = tuple(question for document in documents[:asked] for question in document.questions)
+    return Document("\n\n".join(document.text for document in documents), questions)
+
+
 def joined(documents: Sequence[Document], tokens: int, count: Callable[[str], int]) -> list[Document]:
     """Neighbouring documents joined to contexts of about so many tokens, all their questions asked (the paper's protocol).
 
@@ -335,8 +341,7 @@ def joined(documents: Sequence[Document], tokens: int, count: Callable[[str], in
             length += lengths[last % len(documents)]
             last += 1
         parts = [documents[n % len(documents)] for n in range(first, last)]
-        questions = [question for document in parts[: len(documents) - first] for question in document.questions]
-        contexts.append(Document("\n\n".join(part.text for part in parts), tuple(questions)))
+        contexts.append(together(parts, asked=len(documents) - first))
         first = last
     return contexts
 

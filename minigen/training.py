@@ -37,6 +37,7 @@ from .tasks import (
     read_documents,
     read_paragraphs,
     read_prose,
+    together,
     toy_document,
     toy_vocabulary,
     toy_world,
@@ -327,10 +328,9 @@ class Source:
         return world_document(rng, self.recipe.facts, "open" if kind == "world" else "closed", rivals=kind == "rivals")
 
     def context(self, rng: random.Random) -> Document:
-        """A few documents one behind the other, with all their questions."""
+        """A few documents together; where there is nothing to choose, no random number is drawn for how many."""
         fewest, most = self.recipe.documents
-        documents = [self.document(rng) for _ in range(rng.randint(fewest, most) if fewest < most else fewest)]
-        return Document("\n\n".join(d.text for d in documents), tuple(q for d in documents for q in d.questions))
+        return together([self.document(rng) for _ in range(rng.randint(fewest, most) if fewest < most else fewest)])
 
     def held_out(self) -> list[Document]:
         """Documents to validate on, which no step draws: of the toy world for the toy, else natural prose."""
