@@ -12,6 +12,8 @@ else
 CONTEXT   ?= data/documents/lighthouse.txt
 QUESTIONS ?= --question "Who was the first keeper of the lighthouse?" --question "When was the lighthouse finished?" --question "What put out the lamp in 1911?"
 endif
+# A notebook's cells, and a file's tests, stay in one process.
+TWO_AT_ONCE := -n 2 --dist loadscope
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 
 BIN   := $(VENV)/bin
@@ -42,8 +44,8 @@ demo: $(READY)  ## ask three questions about a document: closed-book, prompting,
 
 test: $(READY)  ## ruff, the tests, then every notebook against its stored outputs
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests --ignore tests/browser
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 600 -p no:rerunfailures -rs notebooks
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) tests --ignore tests/browser
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 600 -p no:rerunfailures -rs notebooks
 
 test-browser: $(READY)  ## drive the microscope in a real Chromium; installs playwright, and on Debian (as root) Chromium
 	command -v chromium || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium; }

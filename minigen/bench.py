@@ -253,7 +253,8 @@ def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]
         documents = contexts(number, without)
         began = time.perf_counter()
         texts = [tokenizer(document.text).input_ids for document in documents]
-        targets = [target for d, ids in zip(documents, texts, strict=True) for target in answers(d, [ids], tokenizer, random.Random(number))[0]]
+        rng = random.Random(number)
+        targets = [target for d, ids in zip(documents, texts, strict=True) for target in answers(d, [ids], tokenizer, rng, recipe.asked)[0]]
         if without == "one context pass for all its questions":
             texts = [ids for ids in texts for _ in range(len(targets) // len(texts))]
         if without == "LM head only where there is loss":

@@ -68,10 +68,10 @@ class Gist(nn.Module):
         """What comes after a place."""
         return self.lm.get_output_embeddings()(hidden).float()
 
-    def forward(self, documents: list, rngs: list[random.Random]) -> Float[Tensor, ""]:
+    def forward(self, documents: list, rngs: list[random.Random], asked: int = 4) -> Float[Tensor, ""]:
         """The mean loss (nats a token) of answers about the documents, the recipe's objective `answers`."""
         texts = [self.tokenizer(document.text).input_ids for document in documents]
-        targets = [answers(d, [ids], self.tokenizer, rng)[0] for d, ids, rng in zip(documents, texts, rngs, strict=True)]
+        targets = [answers(d, [ids], self.tokenizer, rng, asked)[0] for d, ids, rng in zip(documents, texts, rngs, strict=True)]
         hidden, holds = self.read(texts, [[target.tokens for target in of_document] for of_document in targets])
         said = [[place >= target.start for target in of_document for place in range(len(target.tokens))] for of_document in targets]
         rows, places = (holds >= QUESTION).nonzero().T
@@ -114,7 +114,7 @@ def train_gist(name: str, out: str | Path, lm_name: str, steps: int) -> dict[str
     for step in (bar := tqdm(range(steps), desc=name, unit="step")):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * min((step + 1) / recipe.warmup, 1.0, 2 * (1.05 - step / steps))
-        loss = gist(*source.batch(step))
+        loss = gist(*source.batch(step), recipe.asked)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(gist.parameters(), recipe.clip)
         optimizer.step()

@@ -39,7 +39,7 @@ from minigen.tasks import (
 )
 
 PROSE = read_prose(sorted((DATA / "prose").glob("*.jsonl")))
-HELD_OUT = ["dev.jsonl", "natural.jsonl"]
+HELD_OUT = ["dev.jsonl", "encyclopedic.jsonl", "natural.jsonl"]
 
 
 def words(document: Document) -> list[str]:

@@ -75,7 +75,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_an_answer_is_trained_on_alone(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
     document = Document("Ann is a vet.", (Question("Who is a vet?", ("Ann", "Ann is")),))
-    ((target,),) = answers(document, [[1]], tokenizer, random.Random(0), count=1)
+    ((target,),) = answers(document, [[1]], tokenizer, random.Random(0), asked=1)
     assert tokenizer.decode(target.tokens[: target.start]) == question_prompt("Who is a vet?")
     assert tokenizer.decode(target.tokens[target.start :]) == " Ann\n"
 
@@ -112,13 +112,13 @@ def test_prompting_puts_that_mark_once(lm_and_tokenizer, marking):
 def test_a_document_with_few_questions_is_asked_to_complete_its_sentences(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
     document = Document("The vet is Ann.", (Question("Who is a vet?", ("Ann",)),))
-    asked = [tokenizer.decode(target.tokens) for target in answers(document, [[1]], tokenizer, random.Random(0), count=3)[0]]
+    asked = [tokenizer.decode(target.tokens) for target in answers(document, [[1]], tokenizer, random.Random(0), asked=3)[0]]
     assert asked == [f"{question_prompt(q)} Ann\n" for q in ("Who is a vet?", "The vet is", "The vet is")]
 
 
 def test_answers_wait_until_all_is_read(lm_and_tokenizer):
     _, tokenizer = lm_and_tokenizer
-    made = answers(world_document(random.Random(0)), [[1], [2], [3]], tokenizer, random.Random(0), count=2)
+    made = answers(world_document(random.Random(0)), [[1], [2], [3]], tokenizer, random.Random(0), asked=2)
     assert [len(targets) for targets in made] == [0, 0, 2]
 
 
@@ -140,10 +140,12 @@ def test_completion_is_the_piece_that_comes_next(lm_and_tokenizer):
     assert completion(None, pieces, tokenizer, random.Random(0)) == [[Target([7, 8, 9], 1)], [Target([10, 11], 1)], []]
 
 
-def test_distillation_asks_as_answers_does_and_shows_its_teacher_the_document(lm_and_tokenizer):
+@pytest.mark.parametrize("count", [2, 6])
+def test_distillation_asks_as_answers_does_and_shows_its_teacher_the_document(lm_and_tokenizer, count):
     _, tokenizer = lm_and_tokenizer
     document = world_document(random.Random(0), facts=(5, 5))
-    [[], asked], [[], plain] = (kind(document, [[1], [2]], tokenizer, random.Random(1)) for kind in (distillation, answers))
+    [[], asked], [[], plain] = (kind(document, [[1], [2]], tokenizer, random.Random(1), asked=count) for kind in (distillation, answers))
+    assert len(asked) == count
     assert [(t.tokens, t.start) for t in asked] == [(t.tokens, t.start) for t in plain]
     assert {tokenizer.decode(t.seen) for t in asked} == {f"{document.text}\n\n"}
 
@@ -217,6 +219,17 @@ def test_the_loss_is_the_weighted_sum_and_reaches_every_parameter(lm_and_tokeniz
     losses["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in objective.parameters())
     assert len(list(objective.parameters())) == len(list(generator.parameters()))  # the LM is not among them
+
+
+@pytest.mark.parametrize("asked", [1, 7])
+def test_a_context_is_asked_as_many_questions_as_wanted(lm_and_tokenizer, generator_for, asked):
+    lm, tokenizer = lm_and_tokenizer
+    documents = [world_document(random.Random(seed), (3, 5)) for seed in range(2)]
+    objective = training.Objective(generator_for(lm), lm, tokenizer, ["answers"], asked=asked)
+    _, tokens = objective(documents, [random.Random(0), random.Random(1)])["answers"]
+    targets = [answers(document, [[1]], tokenizer, random.Random(seed), asked)[0] for seed, document in enumerate(documents)]
+    assert [*map(len, targets)] == [asked, asked]
+    assert tokens == sum(len(target.tokens) - target.start for of_document in targets for target in of_document)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
