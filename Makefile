@@ -12,8 +12,9 @@ else
 CONTEXT   ?= data/documents/lighthouse.txt
 QUESTIONS ?= --question "Who was the first keeper of the lighthouse?" --question "When was the lighthouse finished?" --question "What put out the lamp in 1911?"
 endif
-# A notebook's cells, and a file's tests, stay in one process.
+# A notebook's cells, and a file's tests, stay in one process; each of the two has a core of its own.
 TWO_AT_ONCE := -n 2 --dist loadscope
+test: export OMP_NUM_THREADS = 1
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 
 BIN   := $(VENV)/bin
