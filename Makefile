@@ -12,9 +12,6 @@ else
 CONTEXT   ?= data/documents/lighthouse.txt
 QUESTIONS ?= --question "Who was the first keeper of the lighthouse?" --question "When was the lighthouse finished?" --question "What put out the lamp in 1911?"
 endif
-# A notebook's cells, and a file's tests, stay in one process; each of the two has a core of its own.
-TWO_AT_ONCE := -n 2 --dist loadscope
-test: export OMP_NUM_THREADS = 1
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 
 BIN   := $(VENV)/bin
@@ -24,6 +21,9 @@ demo test test-browser notebooks: export HF_HUB_OFFLINE = 1
 demo test test-browser notebooks: export TOKENIZERS_PARALLELISM = false
 # Stored outputs hold no progress bars.
 test test-browser notebooks: export TQDM_DISABLE = 1
+# A notebook's cells, and a file's tests, stay in one process; each of the two has a core of its own.
+test: export OMP_NUM_THREADS = 1
+TWO_AT_ONCE := -n 2 --dist loadscope
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-browser lab notebooks lint clean

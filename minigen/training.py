@@ -277,9 +277,7 @@ TABLE_2 = Recipe(
 TOLD = {"prose": 0.35, "world": 0.05, "closed world": 0.25, "rivals": 0.35}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
-    "facts": Recipe(
-        LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=4e-4, steady=0.5
-    ),
+    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=4e-4, steady=0.5),
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
     "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
