@@ -24,6 +24,7 @@ test test-browser notebooks: export TQDM_DISABLE = 1
 # A notebook's cells, and a file's tests, stay in one process; each of the two has a core of its own.
 test: export OMP_NUM_THREADS = 1
 TWO_AT_ONCE := -n 2 --dist loadscope
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 600 -p no:rerunfailures -rs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-browser lab notebooks lint clean
@@ -43,10 +44,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## ask three questions about a document: closed-book, prompting, adapter
 	$(BIN)/python -m minigen ask --lm $(LM) --context $(CONTEXT) $(QUESTIONS)
 
-test: $(READY)  ## ruff, the tests, then every notebook against its stored outputs
+test: $(READY)  ## ruff, the tests, and every notebook against its stored outputs
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(TWO_AT_ONCE) tests --ignore tests/browser
-	$(BIN)/python -m pytest $(TWO_AT_ONCE) --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 600 -p no:rerunfailures -rs notebooks
+	$(BIN)/python -m pytest tests notebooks --ignore tests/browser $(TWO_AT_ONCE) $(NBVAL)
 
 test-browser: $(READY)  ## drive the microscope in a real Chromium; installs playwright, and on Debian (as root) Chromium
 	command -v chromium || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends chromium; }

@@ -32,6 +32,7 @@ class GeneratorConfig:
     targets: name suffixes of the linear layers to adapt, in any family (paper: attention output of every block).
     blocks: indices of the transformer blocks to adapt, or None for all of them.
     p, q: value and key side of the state (paper: d_r = 1024 both).  rank: directions kept (128).  alpha: s = alpha / p (64).
+    previous: whether a key also sees the token before its own (paper: no).
     norm: a name in NORMS.  encode: "parallel" or "sequential", how later chunks of a context are read.
     chunk: longest stretch of tokens read in one pass (1024).
     """
@@ -42,6 +43,7 @@ class GeneratorConfig:
     q: int = 128
     rank: int = 32
     alpha: float = 128.0
+    previous: bool = False
     norm: str = "svd"
     encode: str = "parallel"
     chunk: int = 1024
@@ -64,14 +66,27 @@ def rms_norm(H: Float[Tensor, "b n h"], weight: Float[Tensor, " h"], eps: float 
     return weight * H * torch.rsqrt(H.square().mean(-1, keepdim=True) + eps)
 
 
+def with_previous(H: Float[Tensor, "b n h"]) -> Float[Tensor, "b n 2*h"]:
+    """Each token's state beside that of the token before it in the chunk (zero before the first).   [h_n, h_(n-1)]"""
+    return torch.cat([H, nn.functional.pad(H, (0, 0, 1, -1))], dim=-1)
+
+
+def token_keys(H: Float[Tensor, "b n h"], B1: Float[Tensor, "h q"] | Float[Tensor, "2*h q"]) -> Float[Tensor, "b n q"]:
+    """What every token is found by.   B1^T h_n, or with a B1 of twice the height   B1^T [h_n, h_(n-1)]
+
+    The second is not in the paper. A question ends just before its answer, and so does h_(n-1); h_n looks to what follows it.
+    """
+    seen = with_previous(H) if len(B1) == 2 * H.shape[-1] else H
+    return einsum(seen, B1, "b n k, k q -> b n q")
+
+
 def outer_products(
-    H: Float[Tensor, "b n h"], A2: Float[Tensor, "p h"], B1: Float[Tensor, "h q"], mask: Bool[Tensor, "b n"]
+    H: Float[Tensor, "b n h"], A2: Float[Tensor, "p h"], B1: Float[Tensor, "h q"] | Float[Tensor, "2*h q"], mask: Bool[Tensor, "b n"]
 ) -> Float[Tensor, "b p q"]:
     """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T"""
     H = H.masked_fill(~mask[..., None], 0.0)
     values = einsum(H, A2, "b n h, p h -> b n p")
-    keys = einsum(H, B1, "b n h, h q -> b n q")
-    return einsum(values, keys, "b n p, b n q -> b p q")
+    return einsum(values, token_keys(H, B1), "b n p, b n q -> b p q")
 
 
 class LeadingDirections(torch.autograd.Function):
@@ -304,12 +319,13 @@ class Adapter:
 class LayerGenerator(nn.Module):
     """The parameters of one adapted layer, in the paper's names. A1 starts at zero: an untrained generator changes nothing."""
 
-    def __init__(self, layer: AdaptedLayer, p: int, q: int):
+    def __init__(self, layer: AdaptedLayer, p: int, q: int, previous: bool):
         super().__init__()
+        seen = 2 * layer.h if previous else layer.h
         self.norm = nn.Parameter(torch.ones(layer.h))
         self.A1 = nn.Parameter(torch.zeros(layer.o, p))
         self.A2 = nn.Parameter(torch.randn(p, layer.h) / layer.h**0.5)
-        self.B1 = nn.Parameter(torch.randn(layer.h, q) / layer.h**0.5)
+        self.B1 = nn.Parameter(torch.randn(seen, q) / seen**0.5)
         self.B2 = nn.Parameter(torch.randn(q, layer.i) / layer.i**0.5)
 
 
@@ -319,7 +335,7 @@ class AdapterGenerator(nn.Module):
     def __init__(self, config: GeneratorConfig, layers: list[AdaptedLayer]):
         super().__init__()
         self.config, self.layers = config, layers
-        self.by_layer = nn.ModuleList(LayerGenerator(layer, config.p, config.q) for layer in layers)
+        self.by_layer = nn.ModuleList(LayerGenerator(layer, config.p, config.q, config.previous) for layer in layers)
 
     @classmethod
     def for_lm(cls, lm: nn.Module, config: GeneratorConfig | None = None) -> "AdapterGenerator":

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .evaluation import METHODS, Reader
-from .generator import NORMS, NULL_DIRECTION, Adapter, AdapterGenerator, ContextState, rms_norm, svd_norm, weight_matrix
+from .generator import NORMS, NULL_DIRECTION, Adapter, AdapterGenerator, ContextState, rms_norm, svd_norm, token_keys, weight_matrix
 from .training import Target, target_losses
 
 KEPT, DROPPED, RANK, NUMERIC, TEXT = "#0072B2", "#BBBBBB", "#D55E00", "#009E73", "#222222"
@@ -106,8 +106,9 @@ def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: In
     left, right = svd_norm(S, generator.config.rank)
     shares = []
     for g, U, V, sigma, *H in zip(generator.by_layer, left, right, torch.linalg.svdvals(S), *chunks, strict=True):
-        H = rms_norm(torch.cat(H, dim=1), g.norm)[0]
-        written = (H @ g.A2.T @ U) * (H @ g.B1 @ V)
+        H = [rms_norm(h, g.norm) for h in H]
+        values, keys = torch.cat([h @ g.A2.T for h in H], dim=1)[0], torch.cat([token_keys(h, g.B1) for h in H], dim=1)[0]
+        written = (values @ U) * (keys @ V)
         shares.append(written / sigma[: U.shape[1]].clamp_min(torch.finfo(sigma.dtype).tiny))
     return torch.stack(shares).cpu().numpy()
 

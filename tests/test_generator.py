@@ -46,6 +46,7 @@ def rank_r(S: Tensor, rank: int) -> Tensor:
     [
         lambda: rms_norm(torch.ones(b, n, h), torch.ones(i)),
         lambda: outer_products(torch.ones(b, n, h), torch.ones(p, h), torch.ones(q, h), torch.ones(b, n).bool()),
+        lambda: outer_products(torch.ones(b, n, h), torch.ones(p, h), torch.ones(3 * h, q), torch.ones(b, n).bool()),
         lambda: ContextState(torch.ones(p, q), torch.ones(b).long()),
         lambda: Adapter({"layer": torch.ones(b, r, i)}, {"layer": torch.ones(b, o, r + 1)}, 1.0),
     ],
@@ -75,6 +76,18 @@ def test_outer_products_is_a_loop_over_real_tokens(random):
     assert_close(outer_products(H, A2, B1, mask), expected, **CLOSE)
     H[~mask] = torch.nan  # padding never enters, whatever the LM made of it
     assert_close(outer_products(H, A2, B1, mask), expected, **CLOSE)
+
+
+def test_a_key_of_twice_the_height_is_a_loop_over_neighbours(random):
+    H, A2, B1 = random(b, n, h), random(p, h), random(2 * h, q)
+    lengths = torch.arange(n, n - b, -1)
+    expected = torch.zeros(b, p, q)
+    for row, length in enumerate(lengths):
+        before = torch.zeros(h)
+        for token in H[row, :length]:
+            expected[row] += torch.outer(A2 @ token, B1[:h].T @ token + B1[h:].T @ before)
+            before = token
+    assert_close(outer_products(H, A2, B1, torch.arange(n) < lengths[:, None]), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("norm", method.NORMS)
@@ -206,8 +219,9 @@ def test_chunks_are_balanced(length, longest):
     assert sizes[0] == -(-length // -(-length // longest))
 
 
-def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens):
-    generator, ids = generator_for(any_lm, chunk=8), tokens(b, 24)
+@pytest.mark.parametrize("previous", [False, True])
+def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens, previous):
+    generator, ids = generator_for(any_lm, chunk=8, previous=previous), tokens(b, 24)
     stream = generator.read(any_lm, ids)
     parts = [generator.read(any_lm, part) for part in ids.split(8, dim=1)]
     assert_same_state(stream, parts[0] + parts[1] + parts[2])
@@ -215,9 +229,10 @@ def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens):
     assert stream.S.shape == parts[0].S.shape == (3, b, 16, 12)
 
 
+@pytest.mark.parametrize("previous", [False, True])
 @pytest.mark.parametrize("encode", ["parallel", "sequential"])
-def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode):
-    generator, ids = generator_for(any_lm, encode=encode, chunk=8), tokens(1, 22)
+def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode, previous):
+    generator, ids = generator_for(any_lm, encode=encode, chunk=8, previous=previous), tokens(1, 22)
     W = {layer.name: weight_matrix(any_lm.get_submodule(layer.name)) for layer in generator.layers}
     plain = {name: weight.clone() for name, weight in W.items()}
     S = torch.zeros(3, 1, 16, 12)
@@ -225,7 +240,8 @@ def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode):
         streams = any_lm(chunk, output_hidden_states=True).hidden_states
         for k, (layer, g) in enumerate(zip(generator.layers, generator.by_layer, strict=True)):
             H = rms_norm(streams[k], g.norm)
-            S[k] += (H @ g.A2.T).mT @ (H @ g.B1)
+            seen = torch.cat([H, torch.cat([torch.zeros_like(H[:, :1]), H[:, :-1]], dim=1)], dim=2) if previous else H
+            S[k] += (H @ g.A2.T).mT @ (seen @ g.B1)
             if encode == "sequential":
                 U, _, Vh = torch.linalg.svd(S[k, 0])
                 W[layer.name].copy_(plain[layer.name] + 16.0 / 16 * g.A1 @ U[:, :4] @ Vh[:4] @ g.B2)
