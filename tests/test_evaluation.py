@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES
 from torch.testing import assert_close
 from transformers import BatchEncoding, MistralConfig
 
@@ -26,9 +25,8 @@ def test_saved_for_backward_counts_every_tensor_once_and_no_weight():
     result.backward()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_memory_is_that_of_the_real_thing(family, tiny_lm, generator_for, tokens):
-    lm = tiny_lm(family)
+def test_memory_is_that_of_the_real_thing(any_lm, generator_for, tokens):
+    lm = any_lm
     generator = generator_for(lm, **{name: getattr(SETTINGS, name) for name in ("targets", "p", "q", "rank")}).requires_grad_()
     state = generator.read(lm, tokens(1, 19))  # its own graph is not that of `answer`
 
@@ -42,7 +40,7 @@ def test_memory_is_that_of_the_real_thing(family, tiny_lm, generator_for, tokens
     reading, _ = saved_for_backward(lambda: generator.read(lm, context), weights)
     answering, update = saved_for_backward(lambda: answer(lambda lm, update: nullcontext()), weights)
     checkpointed, _ = saved_for_backward(lambda: answer(blocks_computed_twice), weights)
-    said = memory(FAMILIES[family], SETTINGS, context=19, targets=11, dtype=torch.float32)
+    said = memory(lm.config, SETTINGS, context=19, targets=11, dtype=torch.float32)
     assert said["LM"] == sum(p.nbytes for p in lm.parameters())
     assert said["generator, fp32"] == sum(p.nbytes for p in generator.parameters())
     assert said["state"] == state.S.nbytes
@@ -61,12 +59,12 @@ def test_the_papers_sizes_come_out():
     assert said["state"] == 32 * 1024 * 1024 * 4
 
 
-def test_a_longer_context_changes_what_reading_takes_alone():
-    short = memory(FAMILIES["llama"], SETTINGS, context=19, targets=11)
-    long = memory(FAMILIES["llama"], SETTINGS, context=38, targets=11)
+def test_a_longer_context_changes_what_reading_takes_alone(llama):
+    short = memory(llama.config, SETTINGS, context=19, targets=11)
+    long = memory(llama.config, SETTINGS, context=38, targets=11)
     assert long["streams of the context"] == 2 * short["streams of the context"]
     assert {name for name in short if long[name] != short[name]} == {"streams of the context", "activations of reading"}
-    more = memory(FAMILIES["llama"], replace(SETTINGS, p=32), context=19, targets=11)
+    more = memory(llama.config, replace(SETTINGS, p=32), context=19, targets=11)
     assert more["state"] == 2 * short["state"]
 
 
