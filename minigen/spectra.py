@@ -87,7 +87,7 @@ def overlaps(states: Sequence[ContextState], rank: int) -> Float[np.ndarray, "l 
 
 @torch.no_grad()
 def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: Int[Tensor, "1 n"]) -> Float[np.ndarray, "l n r"]:
-    """Which tokens wrote which direction: each one's part of sigma_k.   share_nk = (u_k . A2 h_n)(B1^T h_n . v_k) / sigma_k
+    """Which tokens wrote which direction: each one's part of sigma_k.   share_nk = (u_k . A2 h_n)(key_n . v_k) / sigma_k, `token_keys`
 
     S is a sum over tokens and sigma_k = u_k^T S v_k, so the shares of a direction sum to one over the tokens (single ones may be
     negative); those of null directions are zero.
