@@ -387,22 +387,11 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
 
     for first in tqdm(range(0, len(documents), 8), desc="start by regression", unit="batch", disable=None):
         batch = documents[first : first + 8]
-        encoded = [tokenizer(document.text, return_offsets_mapping=True) for document in batch]
-        ids, mask = (t.to(lm.device) for t in padded([e.input_ids for e in encoded], tokenizer.pad_token_id))
-        rows, pairs = [], []  # pairs: (row of the question, position in it, row of the context, position in it)
-        for row, document in enumerate(batch):
-            for question in document.questions:
-                target = continued(tokenizer, question_prompt(question.text), f" {question.answers[0]}")
-                begin = document.text.find(question.answers[0])
-                end = begin + len(question.answers[0])
-                place = [n for n, (a, b) in enumerate(encoded[row].offset_mapping) if a < end and b > max(begin, a)]
-                for j, (token, n) in enumerate(zip(target.tokens[target.start :], place, strict=False), start=target.start - 1):
-                    if encoded[row].input_ids[n] == token:
-                        pairs.append((len(rows), j, row, n))
-                rows.append(target.tokens)
-        H = block_inputs(lm, layers, input_ids=ids.to(lm.device))
+        ids, mask, rows, pairs = answer_tokens(batch, tokenizer)
+        ids, mask = ids.to(lm.device), mask.to(lm.device)
+        H = block_inputs(lm, layers, input_ids=ids)
         X = layer_inputs(lm, [layer.name for layer in layers], padded(rows, tokenizer.pad_token_id)[0])
-        asked, position, told, n = torch.tensor(pairs).T
+        asked, position, told, n = pairs.T
         real = mask.bool()
         embedded = E[ids[real]]
         for layer in range(len(layers)):
@@ -416,7 +405,7 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
 
     for g, c in zip(generator.by_layer, sums, strict=True):
         root_k = inverse_root(c["kk"] / c["tokens"], ridge=0.01)
-        root_h = inverse_root(c["kk"][: len(g.norm), : len(g.norm)] / c["tokens"], ridge=0.01)
+        root_h = inverse_root(c["kk"][: len(g.norm), : len(g.norm)] / c["tokens"], ridge=0.01) if generator.config.previous else root_k
         root_x = inverse_root(c["xx"] / c["pairs"], ridge=0.1)
         L, R, Mt = torch.linalg.svd(root_k @ (c["kx"] / c["pairs"]).double() @ root_x, full_matrices=False)
         embedding, variance, hidden = torch.linalg.svd((c["eh"] / c["tokens"]).double() @ root_h, full_matrices=False)
@@ -425,6 +414,23 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         g.A2.copy_(unit_variance(variance[:p, None] * hidden[:p] @ root_h, g.A2.shape[1]))
         g.B2.copy_(unit_variance(B2, B2.shape[1]))
         g.A1.copy_(gain * B2.std() * B2.shape[1] ** 0.5 * embedding[:, :p])
+
+
+def answer_tokens(documents: list[Document], tokenizer) -> tuple[Tensor, Tensor, list[list[int]], Tensor]:
+    """Texts (ids and mask), prompts with their answers, and for every answer token that its text holds: prompt, position before it, text, position of it."""
+    encoded = [tokenizer(document.text, return_offsets_mapping=True) for document in documents]
+    rows, pairs = [], []
+    for row, document in enumerate(documents):
+        for question in document.questions:
+            target = continued(tokenizer, question_prompt(question.text), f" {question.answers[0]}")
+            begin = document.text.find(question.answers[0])
+            end = begin + len(question.answers[0])
+            place = [n for n, (a, b) in enumerate(encoded[row].offset_mapping) if a < end and b > max(begin, a)]
+            for j, (token, n) in enumerate(zip(target.tokens[target.start :], place, strict=False), start=target.start - 1):
+                if encoded[row].input_ids[n] == token:
+                    pairs.append((len(rows), j, row, n))
+            rows.append(target.tokens)
+    return *padded([e.input_ids for e in encoded], tokenizer.pad_token_id), rows, torch.tensor(pairs)
 
 
 def unit_variance(weight: Tensor, fan_in: int) -> Tensor:
