@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .evaluation import Reader
-from .generator import AdapterGenerator, adapted_layers, block_inputs, svd_norm
+from .generator import AdapterGenerator, adapted_layers, block_inputs, svd_norm, token_embeddings
 from .models import load_lm, padded
 from .polar import polar_norm
 from .tasks import Document, question_prompt
@@ -260,7 +260,7 @@ def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]
         if without == "LM head only where there is loss":
             targets = [replace(target, start=1) for target in targets]
         ids, mask = padded(texts, pad)
-        with generator.write(generator.contribution(context_pass(ids, without), mask.bool())).applied_to(lm):
+        with generator.write(generator.contribution(context_pass(ids, without), token_embeddings(lm, ids), mask.bool())).applied_to(lm):
             target_losses(lm, pad, targets)[0].mean().backward()
         generator.zero_grad()
         return time.perf_counter() - began

@@ -420,7 +420,7 @@ def memory(shape: PretrainedConfig, settings: GeneratorConfig, context: int, tar
         generator = AdapterGenerator.for_lm(lm, settings)
         streams = [torch.zeros(1, context, shape.hidden_size, dtype=dtype) for _ in generator.layers]
         weights = [*lm.parameters(), *generator.parameters()]
-        reading, state = saved_for_backward(lambda: generator.contribution(streams, torch.ones(1, context, dtype=torch.bool)), weights)
+        reading, state = saved_for_backward(lambda: generator.contribution(streams, streams[0], torch.ones(1, context, dtype=torch.bool)), weights)
 
         def answer_with(keeping: Callable) -> Adapter:
             update = generator.write(state)

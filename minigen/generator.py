@@ -12,8 +12,9 @@ layer, r rank kept, p / q the value and key side of the state (both d_r in the p
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 NULL_DIRECTION = 1e-5  # a singular value below this share of the largest is rounding noise, not content
 DAMPING = 1e-3  # of the gradient, where two singular values (relative to the largest) nearly coincide
+ValueSide = Float[Tensor, "p h"] | Float[Tensor, "p 2*h"]  # A2, for a value of the hidden state, and of the token's embedding too
+KeySide = Float[Tensor, "h q"] | Float[Tensor, "2*h q"]  # B1, for a key of the hidden state, and of the one before it too
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class GeneratorConfig:
     targets: name suffixes of the linear layers to adapt, in any family (paper: attention output of every block).
     blocks: indices of the transformer blocks to adapt, or None for all of them.
     p, q: value and key side of the state (paper: d_r = 1024 both).  rank: directions kept (128).  alpha: s = alpha / p (64).
-    previous: whether a key also sees the token before its own (paper: no).
+    previous / embedding: whether a key also sees the token before its own, and a value its token's embedding (paper: neither).
     norm: a name in NORMS.  encode: "parallel" or "sequential", how later chunks of a context are read.
     chunk: longest stretch of tokens read in one pass (1024).
     """
@@ -44,6 +47,7 @@ class GeneratorConfig:
     rank: int = 32
     alpha: float = 128.0
     previous: bool = False
+    embedding: bool = False
     norm: str = "svd"
     encode: str = "parallel"
     chunk: int = 1024
@@ -71,7 +75,7 @@ def with_previous(H: Float[Tensor, "b n h"]) -> Float[Tensor, "b n 2*h"]:
     return torch.cat([H, nn.functional.pad(H, (0, 0, 1, -1))], dim=-1)
 
 
-def token_keys(H: Float[Tensor, "b n h"], B1: Float[Tensor, "h q"] | Float[Tensor, "2*h q"]) -> Float[Tensor, "b n q"]:
+def token_keys(H: Float[Tensor, "b n h"], B1: KeySide) -> Float[Tensor, "b n q"]:
     """What every token is found by.   B1^T h_n, or with a B1 of twice the height   B1^T [h_n, h_(n-1)]
 
     The second is not in the paper. A question ends just before its answer, and so does h_(n-1); h_n looks to what follows it.
@@ -80,12 +84,21 @@ def token_keys(H: Float[Tensor, "b n h"], B1: Float[Tensor, "h q"] | Float[Tenso
     return einsum(seen, B1, "b n k, k q -> b n q")
 
 
+def token_values(H: Float[Tensor, "b n h"], A2: ValueSide, E: Float[Tensor, "b n h"] | None = None) -> Float[Tensor, "b n p"]:
+    """What every token says when it is found.   A2 h_n, or with an A2 of twice the width   A2 [h_n, e_n], e_n the token's embedding
+
+    The second is not in the paper. Deep in the LM h_n looks to what follows, and no longer tells in full which token it is of.
+    """
+    seen = torch.cat([H, E], dim=-1) if A2.shape[1] == 2 * H.shape[-1] else H
+    return einsum(seen, A2, "b n v, p v -> b n p")
+
+
 def outer_products(
-    H: Float[Tensor, "b n h"], A2: Float[Tensor, "p h"], B1: Float[Tensor, "h q"] | Float[Tensor, "2*h q"], mask: Bool[Tensor, "b n"]
+    H: Float[Tensor, "b n h"], A2: ValueSide, B1: KeySide, mask: Bool[Tensor, "b n"], E: Float[Tensor, "b n h"] | None = None
 ) -> Float[Tensor, "b p q"]:
     """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T"""
     H = H.masked_fill(~mask[..., None], 0.0)
-    values = einsum(H, A2, "b n h, p h -> b n p")
+    values = token_values(H, A2, E).masked_fill(~mask[..., None], 0.0)
     return einsum(values, token_keys(H, B1), "b n p, b n q -> b p q")
 
 
@@ -197,28 +210,24 @@ class _LastBlockReached(Exception):
 def block_inputs(lm: nn.Module, layers: list[AdaptedLayer], **inputs: Tensor) -> list[Float[Tensor, "b n h"]]:
     """H for every adapted layer: the residual stream as it enters the layer's block (before its norm), in one LM pass."""
     streams: dict[str, Tensor] = {}
-    last = layers[-1].block
 
-    def hook(name):
-        def keep(module, args, kwargs):
-            streams[name] = (args[0] if args else kwargs["hidden_states"]).detach()
-            if name == last:
-                raise _LastBlockReached
+    def keep(name, module, args, kwargs):
+        streams[name] = (args[0] if args else kwargs["hidden_states"]).detach()
+        if name == layers[-1].block:
+            raise _LastBlockReached
 
-        return keep
-
-    handles = [
-        lm.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in dict.fromkeys(layer.block for layer in layers)
-    ]
-    try:
-        with torch.no_grad():
-            lm(**inputs, use_cache=False)
-    except _LastBlockReached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with suppress(_LastBlockReached), torch.no_grad(), ExitStack() as hooks:
+        for name in dict.fromkeys(layer.block for layer in layers):
+            hooks.enter_context(lm.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True))
+        lm(**inputs, use_cache=False)
     return [streams[layer.block] for layer in layers]
+
+
+@torch.no_grad()
+def token_embeddings(lm: nn.Module, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n h"]:
+    """E, every token's own vector in the LM's table, `rms_norm`ed; what the first block of a Llama or a Mistral is given."""
+    E = lm.get_input_embeddings()(input_ids)
+    return rms_norm(E, torch.ones(E.shape[-1], device=E.device))
 
 
 # ------------------------------------------------------------------------------------------- state and adapter
@@ -273,22 +282,17 @@ class Adapter:
         A batch of k times as many rows as adapters gives each adapter k neighbouring rows; a single one serves them all.
         """
 
-        def hook(down, up):
-            def add_update(module, args, y):
-                x = args[0]
-                if len(x) % len(down):
-                    raise ValueError(f"{len(down)} adapters for a batch of {len(x)} rows; give one per row (adapter[rows]) or per equal group of rows")
-                update = rearrange(x, "(b k) n i -> b (k n) i", b=len(down)) @ down.mT.to(x) @ up.mT.to(x)
-                return y + self.scale * rearrange(update, "b (k n) o -> (b k) n o", n=x.shape[1])
+        def add_update(down, up, module, args, y):
+            x = args[0]
+            if len(x) % len(down):
+                raise ValueError(f"{len(down)} adapters for a batch of {len(x)} rows; give one per row (adapter[rows]) or per equal group of rows")
+            update = rearrange(x, "(b k) n i -> b (k n) i", b=len(down)) @ down.mT.to(x) @ up.mT.to(x)
+            return y + self.scale * rearrange(update, "b (k n) o -> (b k) n o", n=x.shape[1])
 
-            return add_update
-
-        handles = [lm.get_submodule(name).register_forward_hook(hook(self.down[name], self.up[name])) for name in self.down]
-        try:
+        with ExitStack() as hooks:
+            for name in self.down:
+                hooks.enter_context(lm.get_submodule(name).register_forward_hook(partial(add_update, self.down[name], self.up[name])))
             yield lm
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def merge_into(self, lm: nn.Module) -> None:
@@ -319,13 +323,13 @@ class Adapter:
 class LayerGenerator(nn.Module):
     """The parameters of one adapted layer, in the paper's names. A1 starts at zero: an untrained generator changes nothing."""
 
-    def __init__(self, layer: AdaptedLayer, p: int, q: int, previous: bool):
+    def __init__(self, layer: AdaptedLayer, config: GeneratorConfig):
         super().__init__()
-        seen = 2 * layer.h if previous else layer.h
+        p, q, by_value, by_key = config.p, config.q, layer.h * (1 + config.embedding), layer.h * (1 + config.previous)
         self.norm = nn.Parameter(torch.ones(layer.h))
         self.A1 = nn.Parameter(torch.zeros(layer.o, p))
-        self.A2 = nn.Parameter(torch.randn(p, layer.h) / layer.h**0.5)
-        self.B1 = nn.Parameter(torch.randn(seen, q) / seen**0.5)
+        self.A2 = nn.Parameter(torch.randn(p, by_value) / by_value**0.5)
+        self.B1 = nn.Parameter(torch.randn(by_key, q) / by_key**0.5)
         self.B2 = nn.Parameter(torch.randn(q, layer.i) / layer.i**0.5)
 
 
@@ -335,18 +339,18 @@ class AdapterGenerator(nn.Module):
     def __init__(self, config: GeneratorConfig, layers: list[AdaptedLayer]):
         super().__init__()
         self.config, self.layers = config, layers
-        self.by_layer = nn.ModuleList(LayerGenerator(layer, config.p, config.q, config.previous) for layer in layers)
+        self.by_layer = nn.ModuleList(LayerGenerator(layer, config) for layer in layers)
 
     @classmethod
-    def for_lm(cls, lm: nn.Module, config: GeneratorConfig | None = None) -> "AdapterGenerator":
+    def for_lm(cls, lm: nn.Module, config: GeneratorConfig = GeneratorConfig()) -> "AdapterGenerator":
         """An untrained generator for this LM."""
-        config = config or GeneratorConfig()
         return cls(config, adapted_layers(lm, config))
 
-    def contribution(self, H: list[Float[Tensor, "b n h"]], mask: Bool[Tensor, "b n"]) -> ContextState:
-        """The state that one chunk adds, from the hidden states of its LM pass (eq. 3)."""
+    def contribution(self, H: list[Float[Tensor, "b n h"]], E: Float[Tensor, "b n h"], mask: Bool[Tensor, "b n"]) -> ContextState:
+        """The state that one chunk adds (eq. 3), from its `block_inputs` and its `token_embeddings`."""
         home = self.by_layer[0].norm.device  # an LM that is spread over devices leaves its streams on all of them
-        S = [outer_products(rms_norm(h.to(home), g.norm), g.A2, g.B1, mask.to(home)) for h, g in zip(H, self.by_layer, strict=True)]
+        E, mask = E.to(home), mask.to(home)
+        S = [outer_products(rms_norm(h.to(home), g.norm), g.A2, g.B1, mask, E) for h, g in zip(H, self.by_layer, strict=True)]
         return ContextState(torch.stack(S), mask.sum(1))
 
     def read_chunks(
@@ -357,8 +361,7 @@ class AdapterGenerator(nn.Module):
         Each row is cut on its own real tokens, so its state does not depend on its neighbours. parallel: every chunk is read
         by the plain LM; sequential: by the LM with the adapter of the chunks before it.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} differ; give one 0 or 1 per token")
         if not attention_mask.any(1).all():
@@ -369,10 +372,9 @@ class AdapterGenerator(nn.Module):
         for t in range(max(map(len, chunks))):
             parts = [row[t] if t < len(row) else row[0][:0] for row in chunks]
             ids = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-            lengths = torch.tensor([len(part) for part in parts], device=ids.device)
-            mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(part, dtype=torch.bool) for part in parts], batch_first=True)
             with self.write(so_far).applied_to(lm) if so_far else nullcontext():
-                state = self.contribution(block_inputs(lm, self.layers, input_ids=ids), mask)
+                state = self.contribution(block_inputs(lm, self.layers, input_ids=ids), token_embeddings(lm, ids), mask)
             if self.config.encode == "sequential":
                 so_far = so_far + state if so_far else state
             yield state
@@ -380,8 +382,7 @@ class AdapterGenerator(nn.Module):
 
     def read(self, lm: nn.Module, input_ids: Int[Tensor, "b n"], attention_mask: Int[Tensor, "b n"] | None = None) -> ContextState:
         """One pass of the frozen LM over a context, summed into its state (eq. 3); O(1) memory in the length of the stream."""
-        sums = accumulate(self.read_chunks(lm, input_ids, attention_mask))
-        return deque(sums, maxlen=1).pop()  # the last; reduce would hold on to the one before it
+        return deque(accumulate(self.read_chunks(lm, input_ids, attention_mask)), maxlen=1).pop()  # reduce would also hold the state before
 
     def write(self, state: ContextState) -> Adapter:
         """The adapter of a state.   W_delta = (alpha / p) A1 norm_r(S) B2, as factors up = A1 U_r and down = V_r^T B2"""

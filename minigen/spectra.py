@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .evaluation import METHODS, Reader
-from .generator import NORMS, NULL_DIRECTION, Adapter, AdapterGenerator, ContextState, rms_norm, svd_norm, token_keys, weight_matrix
+from .generator import NORMS, NULL_DIRECTION, Adapter, AdapterGenerator, ContextState, rms_norm, svd_norm, token_keys, token_values, weight_matrix
 from .training import Target, target_losses
 
 KEPT, DROPPED, RANK, NUMERIC, TEXT = "#0072B2", "#BBBBBB", "#D55E00", "#009E73", "#222222"
@@ -87,27 +87,28 @@ def overlaps(states: Sequence[ContextState], rank: int) -> Float[np.ndarray, "l 
 
 @torch.no_grad()
 def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: Int[Tensor, "1 n"]) -> Float[np.ndarray, "l n r"]:
-    """Which tokens wrote which direction: each one's part of sigma_k.   share_nk = (u_k . A2 h_n)(key_n . v_k) / sigma_k, `token_keys`
+    """Which tokens wrote which direction: each one's part of sigma_k.   share_nk = (u_k . value_n)(key_n . v_k) / sigma_k
 
-    S is a sum over tokens and sigma_k = u_k^T S v_k, so the shares of a direction sum to one over the tokens (single ones may be
-    negative); those of null directions are zero.
+    value_n and key_n: `token_values` and `token_keys`. S is a sum over tokens and sigma_k = u_k^T S v_k, so the shares of a direction
+    sum to one over the tokens (single ones may be negative); those of null directions are zero.
     """
     if len(input_ids) != 1:
         raise ValueError(f"shares of {len(input_ids)} texts asked; give one at a time, as input_ids of shape (1, n)")
     chunks = []
 
-    def listen(H, mask):
-        chunks.append(H)
-        return generator.contribution(H, mask)
+    def listen(H, E, mask):
+        chunks.append((H, E))
+        return generator.contribution(H, E, mask)
 
     listener = copy(generator)
     listener.contribution = listen
     S = listener.read(lm, input_ids).S[:, 0]
     left, right = svd_norm(S, generator.config.rank)
     shares = []
-    for g, U, V, sigma, *H in zip(generator.by_layer, left, right, torch.linalg.svdvals(S), *chunks, strict=True):
-        H = [rms_norm(h, g.norm) for h in H]
-        values, keys = torch.cat([h @ g.A2.T for h in H], dim=1)[0], torch.cat([token_keys(h, g.B1) for h in H], dim=1)[0]
+    for layer, (g, U, V, sigma) in enumerate(zip(generator.by_layer, left, right, torch.linalg.svdvals(S), strict=True)):
+        normed = [(rms_norm(H[layer], g.norm), E) for H, E in chunks]
+        values = torch.cat([token_values(h, g.A2, E) for h, E in normed], dim=1)[0]
+        keys = torch.cat([token_keys(h, g.B1) for h, _ in normed], dim=1)[0]
         written = (values @ U) * (keys @ V)
         shares.append(written / sigma[: U.shape[1]].clamp_min(torch.finfo(sigma.dtype).tiny))
     return torch.stack(shares).cpu().numpy()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .formats import load_generator, save_generator, whole_folder
-from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm, with_previous
+from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm, token_embeddings, with_previous
 from .models import length, load_lm, padded, repeated, word_tokenizer
 from .tasks import (
     DATA,
@@ -260,7 +260,7 @@ class Recipe:
     seed: int = 0
 
 
-LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=96, alpha=384.0, previous=True)
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=96, alpha=384.0, previous=True, embedding=True)
 PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
 TABLE_2 = Recipe(
@@ -277,7 +277,7 @@ TABLE_2 = Recipe(
 TOLD = {"prose": 0.35, "world": 0.05, "closed world": 0.25, "rivals": 0.35}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 RECIPES = {
-    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=5e-4, steady=0.5),
+    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=4e-4, steady=0.5),
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
     "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
@@ -393,25 +393,26 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         X = layer_inputs(lm, [layer.name for layer in layers], padded(rows, tokenizer.pad_token_id)[0])
         asked, position, told, n = pairs.T
         real = mask.bool()
-        embedded = E[ids[real]]
+        embedded, own = E[ids[real]], token_embeddings(lm, ids)
         for layer in range(len(layers)):
             h = rms_norm(H[layer], torch.ones(layers[layer].h, device=lm.device))
-            seen = with_previous(h) if generator.config.previous else h
-            centre = (seen * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+            k = with_previous(h) if generator.config.previous else h
+            v = (torch.cat([h, own], dim=-1) if generator.config.embedding else h)[real]
+            centre = (k * real[..., None]).sum(1) / real.sum(1, keepdim=True)
             x = X[layer][asked, position].float()
-            add_products(layer, kk=(seen[real], seen[real]), eh=(embedded, h[real]), xx=(x, x), kx=(seen[told, n] - centre[told], x))
+            add_products(layer, kk=(k[real], k[real]), vv=(v, v), ev=(embedded, v), xx=(x, x), kx=(k[told, n] - centre[told], x))
             sums[layer]["tokens"] = sums[layer].get("tokens", 0) + int(real.sum())
             sums[layer]["pairs"] = sums[layer].get("pairs", 0) + len(pairs)
 
     for g, c in zip(generator.by_layer, sums, strict=True):
         root_k = inverse_root(c["kk"] / c["tokens"], ridge=0.01)
-        root_h = inverse_root(c["kk"][: len(g.norm), : len(g.norm)] / c["tokens"], ridge=0.01) if generator.config.previous else root_k
+        root_v = inverse_root(c["vv"] / c["tokens"], ridge=0.01)
         root_x = inverse_root(c["xx"] / c["pairs"], ridge=0.1)
         L, R, Mt = torch.linalg.svd(root_k @ (c["kx"] / c["pairs"]).double() @ root_x, full_matrices=False)
-        embedding, variance, hidden = torch.linalg.svd((c["eh"] / c["tokens"]).double() @ root_h, full_matrices=False)
+        embedding, variance, hidden = torch.linalg.svd((c["ev"] / c["tokens"]).double() @ root_v, full_matrices=False)
         B2 = R[:q, None] * Mt[:q] @ root_x
         g.B1.copy_(unit_variance(root_k @ L[:, :q] * R[:q], g.B1.shape[0]))
-        g.A2.copy_(unit_variance(variance[:p, None] * hidden[:p] @ root_h, g.A2.shape[1]))
+        g.A2.copy_(unit_variance(variance[:p, None] * hidden[:p] @ root_v, g.A2.shape[1]))
         g.B2.copy_(unit_variance(B2, B2.shape[1]))
         g.A1.copy_(gain * B2.std() * B2.shape[1] ** 0.5 * embedding[:, :p])
 

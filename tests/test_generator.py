@@ -21,6 +21,7 @@ from minigen.generator import (
     outer_products,
     rms_norm,
     svd_norm,
+    token_embeddings,
     weight_matrix,
 )
 
@@ -47,6 +48,7 @@ def rank_r(S: Tensor, rank: int) -> Tensor:
         lambda: rms_norm(torch.ones(b, n, h), torch.ones(i)),
         lambda: outer_products(torch.ones(b, n, h), torch.ones(p, h), torch.ones(q, h), torch.ones(b, n).bool()),
         lambda: outer_products(torch.ones(b, n, h), torch.ones(p, h), torch.ones(3 * h, q), torch.ones(b, n).bool()),
+        lambda: outer_products(torch.ones(b, n, h), torch.ones(p, 3 * h), torch.ones(h, q), torch.ones(b, n).bool(), torch.ones(b, n, h)),
         lambda: ContextState(torch.ones(p, q), torch.ones(b).long()),
         lambda: Adapter({"layer": torch.ones(b, r, i)}, {"layer": torch.ones(b, o, r + 1)}, 1.0),
     ],
@@ -88,6 +90,17 @@ def test_a_key_of_twice_the_height_is_a_loop_over_neighbours(random):
             expected[row] += torch.outer(A2 @ token, B1[:h].T @ token + B1[h:].T @ before)
             before = token
     assert_close(outer_products(H, A2, B1, torch.arange(n) < lengths[:, None]), expected, **CLOSE)
+
+
+def test_a_value_of_twice_the_width_is_a_loop_over_states_and_embeddings(random):
+    H, E, A2, B1, mask = random(b, n, h), random(b, n, h), random(p, 2 * h), random(h, q), random(b, n) > 0
+    expected = torch.zeros(b, p, q)
+    for row in range(b):
+        for token in range(n):
+            if mask[row, token]:
+                expected[row] += torch.outer(A2[:, :h] @ H[row, token] + A2[:, h:] @ E[row, token], B1.T @ H[row, token])
+    H[~mask] = torch.nan
+    assert_close(outer_products(H, A2, B1, mask, E), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("norm", method.NORMS)
@@ -183,6 +196,16 @@ def test_block_inputs_are_the_hidden_states_of_a_plain_call(any_lm, tokens):
         assert torch.equal(ours, theirs)
 
 
+def test_token_embeddings_are_normed_rows_of_the_table(any_lm, tokens):
+    ids = tokens(b, n)
+    E = token_embeddings(any_lm, ids)
+    table = any_lm.get_input_embeddings().weight
+    for row, place in ((0, 0), (1, 7), (b - 1, n - 1)):
+        own = table[ids[row, place]]
+        assert_close(E[row, place], own / (own.square().mean() + 1e-6).sqrt())
+    assert not token_embeddings(any_lm.requires_grad_(), ids).requires_grad
+
+
 def test_only_the_asked_blocks_are_read(llama, tokens):
     ids = tokens(b, n)
     (layer,) = adapted_layers(llama, GeneratorConfig(targets=("mlp.down_proj",), blocks=(1,)))
@@ -195,8 +218,9 @@ def test_only_the_asked_blocks_are_read(llama, tokens):
 
 @pytest.mark.parametrize("encode", ["parallel", "sequential"])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_a_padded_row_equals_itself_read_alone(any_lm, generator_for, tokens, encode, side):
-    generator = generator_for(any_lm, encode=encode)
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_padded_row_equals_itself_read_alone(any_lm, generator_for, tokens, encode, side, ours):
+    generator = generator_for(any_lm, encode=encode, previous=ours, embedding=ours)
     rows = [tokens(1, count) for count in (19, 11, 3)]  # 3, 2 and 1 chunks
     ids, mask = tokens(3, 23), torch.zeros(3, 23, dtype=torch.long)
     for k, row in enumerate(rows):
@@ -219,9 +243,9 @@ def test_chunks_are_balanced(length, longest):
     assert sizes[0] == -(-length // -(-length // longest))
 
 
-@pytest.mark.parametrize("previous", [False, True])
-def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens, previous):
-    generator, ids = generator_for(any_lm, chunk=8, previous=previous), tokens(b, 24)
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens, ours):
+    generator, ids = generator_for(any_lm, chunk=8, previous=ours, embedding=ours), tokens(b, 24)
     stream = generator.read(any_lm, ids)
     parts = [generator.read(any_lm, part) for part in ids.split(8, dim=1)]
     assert_same_state(stream, parts[0] + parts[1] + parts[2])
@@ -230,9 +254,10 @@ def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens, previo
 
 
 @pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize("embedding", [False, True])
 @pytest.mark.parametrize("encode", ["parallel", "sequential"])
-def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode, previous):
-    generator, ids = generator_for(any_lm, encode=encode, chunk=8, previous=previous), tokens(1, 22)
+def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode, embedding, previous):
+    generator, ids = generator_for(any_lm, encode=encode, chunk=8, previous=previous, embedding=embedding), tokens(1, 22)
     W = {layer.name: weight_matrix(any_lm.get_submodule(layer.name)) for layer in generator.layers}
     plain = {name: weight.clone() for name, weight in W.items()}
     S = torch.zeros(3, 1, 16, 12)
@@ -241,7 +266,9 @@ def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode, previous
         for k, (layer, g) in enumerate(zip(generator.layers, generator.by_layer, strict=True)):
             H = rms_norm(streams[k], g.norm)
             seen = torch.cat([H, torch.cat([torch.zeros_like(H[:, :1]), H[:, :-1]], dim=1)], dim=2) if previous else H
-            S[k] += (H @ g.A2.T).mT @ (seen @ g.B1)
+            E = any_lm.get_input_embeddings()(chunk)
+            said = torch.cat([H, rms_norm(E, torch.ones(E.shape[-1]))], dim=2) if embedding else H
+            S[k] += (said @ g.A2.T).mT @ (seen @ g.B1)
             if encode == "sequential":
                 U, _, Vh = torch.linalg.svd(S[k, 0])
                 W[layer.name].copy_(plain[layer.name] + 16.0 / 16 * g.A1 @ U[:, :4] @ Vh[:4] @ g.B2)

@@ -82,8 +82,8 @@ def test_same_base_model_and_every_adapter_moves_it(lm, recorded):
     assert min(largest_difference(theirs(case, recorded)["logits"], base) for case in CASES) > 1000 * TOLERANCE
 
 
-def swapped_sides(H, A2, B1, mask, right=method.outer_products):
-    return right(H, A2, B1, mask).mT
+def swapped_sides(*H_and_weights, right=method.outer_products):
+    return right(*H_and_weights).mT
 
 
 def smallest_directions(S, rank):

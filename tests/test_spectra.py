@@ -185,26 +185,29 @@ def test_overlap_of_random_subspaces_is_r_over_p(random):
     np.testing.assert_allclose(found[~np.eye(60, dtype=bool)].mean(), 4 / 16, atol=0.01)
 
 
-@pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("length", [17, 4])
-def test_token_shares_are_those_of_the_equation(any_lm, generator_for, tokens, length, previous):
-    generator, ids = generator_for(any_lm, chunk=6, rank=3, previous=previous), tokens(1, length)
+def test_token_shares_are_those_of_the_equation(any_lm, generator_for, tokens, length, ours):
+    generator, ids = generator_for(any_lm, chunk=6, rank=3, previous=ours, embedding=ours), tokens(1, length)
     shares = token_shares(any_lm, generator, ids)
     assert shares.shape == (3, length, 3)
     chunks = [block_inputs(any_lm, generator.layers, input_ids=part[None]) for part in balanced_chunks(ids[0], 6)]
+    embeddings = any_lm.get_input_embeddings()(ids)[0].double().numpy()
     for layer, g in enumerate(generator.by_layer):
         A2, B1, norm = (weight.double().numpy() for weight in (g.A2, g.B1, g.norm))
-        H, keys = [], []
+        H, keys, values = [], [], []
         for chunk in chunks:
             before = np.zeros(len(norm))
             for h in chunk[layer][0].double().numpy():
                 H.append(norm * h / math.sqrt(np.mean(h**2) + 1e-6))
-                keys.append((np.concatenate([H[-1], before]) if previous else H[-1]) @ B1)
+                keys.append((np.concatenate([H[-1], before]) if ours else H[-1]) @ B1)
+                e = embeddings[len(values)]
+                values.append(A2 @ (np.concatenate([H[-1], e / math.sqrt(np.mean(e**2) + 1e-6)]) if ours else H[-1]))
                 before = H[-1]
-        U, sigma, Vh = np.linalg.svd(sum(np.outer(A2 @ h, key) for h, key in zip(H, keys, strict=True)))
-        for n, (h, key) in enumerate(zip(H, keys, strict=True)):
+        U, sigma, Vh = np.linalg.svd(sum(np.outer(value, key) for value, key in zip(values, keys, strict=True)))
+        for n, (value, key) in enumerate(zip(values, keys, strict=True)):
             for k in range(3):
-                np.testing.assert_allclose(shares[layer, n, k], (U[:, k] @ (A2 @ h)) * (key @ Vh[k]) / sigma[k], atol=1e-4)
+                np.testing.assert_allclose(shares[layer, n, k], (U[:, k] @ value) * (key @ Vh[k]) / sigma[k], atol=1e-4)
 
 
 @pytest.mark.parametrize("encode", ["parallel", "sequential"])

@@ -314,15 +314,15 @@ def test_the_rate_warms_up_stays_and_falls():
 # ------------------------------------------------------------------------------------------ a start by regression
 
 
-@pytest.mark.parametrize("previous", [False, True])
-def test_the_start_copies_from_its_own_context(lm_and_tokenizer, previous):
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_start_copies_from_its_own_context(lm_and_tokenizer, ours):
     lm, tokenizer = lm_and_tokenizer
     documents = [world_document(random.Random(f"start {n}"), (1, 3)) for n in range(64)]
     held_out = [world_document(random.Random(f"held out {n}"), (1, 3)) for n in range(16)]
 
     def started(regression):
         torch.manual_seed(0)
-        generator = AdapterGenerator.for_lm(lm, replace(TINY, previous=previous))
+        generator = AdapterGenerator.for_lm(lm, replace(TINY, previous=ours, embedding=ours))
         if regression:
             start_by_regression(generator, lm, tokenizer, documents, gain=1.8)
         return generator
