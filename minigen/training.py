@@ -368,11 +368,12 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
     """Give the generator a start that already copies, from closed forms; gradient descent from zero takes far longer to find it.
 
     For one adapted layer let h be the (RMS-normed) state of a context token t, k what its key is made from (h, with config.previous
-    also the state before it), and x the layer's input at the question's token after which t must be said. Keys meet queries by
-    canonical correlation, values meet tokens by reduced-rank regression:
+    also the state before it), v what its value is made from (h, with config.embedding also t's embedding), and x the layer's input at
+    the question's token after which t must be said. Keys meet queries by canonical correlation, values meet tokens by reduced-rank
+    regression:
 
         B1 = C_kk^(-1/2) L R,   B2 = R M^T C_xx^(-1/2)   with L R M^T = svd of C_kk^(-1/2) C_kx C_xx^(-1/2)
-        A2, A1 from the best rank-p map of h to E[t], the LM's output embedding of t
+        A2, A1 from the best rank-p map of v to E[t], the LM's output embedding of t
 
     where C_kx is taken within documents (k minus the document's mean), so that a key tells tokens of one text apart.
     """
@@ -393,14 +394,14 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         X = layer_inputs(lm, [layer.name for layer in layers], padded(rows, tokenizer.pad_token_id)[0])
         asked, position, told, n = pairs.T
         real = mask.bool()
-        embedded, own = E[ids[real]], token_embeddings(lm, ids)
+        said, embedding = E[ids[real]], token_embeddings(lm, ids)
         for layer in range(len(layers)):
             h = rms_norm(H[layer], torch.ones(layers[layer].h, device=lm.device))
             k = with_previous(h) if generator.config.previous else h
-            v = (torch.cat([h, own], dim=-1) if generator.config.embedding else h)[real]
+            v = (torch.cat([h, embedding], dim=-1) if generator.config.embedding else h)[real]
             centre = (k * real[..., None]).sum(1) / real.sum(1, keepdim=True)
             x = X[layer][asked, position].float()
-            add_products(layer, kk=(k[real], k[real]), vv=(v, v), ev=(embedded, v), xx=(x, x), kx=(k[told, n] - centre[told], x))
+            add_products(layer, kk=(k[real], k[real]), vv=(v, v), ev=(said, v), xx=(x, x), kx=(k[told, n] - centre[told], x))
             sums[layer]["tokens"] = sums[layer].get("tokens", 0) + int(real.sum())
             sums[layer]["pairs"] = sums[layer].get("pairs", 0) + len(pairs)
 
@@ -409,12 +410,12 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         root_v = inverse_root(c["vv"] / c["tokens"], ridge=0.01)
         root_x = inverse_root(c["xx"] / c["pairs"], ridge=0.1)
         L, R, Mt = torch.linalg.svd(root_k @ (c["kx"] / c["pairs"]).double() @ root_x, full_matrices=False)
-        embedding, variance, hidden = torch.linalg.svd((c["ev"] / c["tokens"]).double() @ root_v, full_matrices=False)
+        tokens, variance, seen = torch.linalg.svd((c["ev"] / c["tokens"]).double() @ root_v, full_matrices=False)
         B2 = R[:q, None] * Mt[:q] @ root_x
         g.B1.copy_(unit_variance(root_k @ L[:, :q] * R[:q], g.B1.shape[0]))
-        g.A2.copy_(unit_variance(variance[:p, None] * hidden[:p] @ root_v, g.A2.shape[1]))
+        g.A2.copy_(unit_variance(variance[:p, None] * seen[:p] @ root_v, g.A2.shape[1]))
         g.B2.copy_(unit_variance(B2, B2.shape[1]))
-        g.A1.copy_(gain * B2.std() * B2.shape[1] ** 0.5 * embedding[:, :p])
+        g.A1.copy_(gain * B2.std() * B2.shape[1] ** 0.5 * tokens[:, :p])
 
 
 def answer_tokens(documents: list[Document], tokenizer) -> tuple[Tensor, Tensor, list[list[int]], Tensor]:
