@@ -375,8 +375,9 @@ def forward_flops(lm: PreTrainedModel, tokens: float) -> float:
 def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
     """Perplexity of raw text, paragraph by paragraph, with no context but an adapter.
 
-    reconstruction: a paragraph under its own adapter; completion: its second half under the adapter of its first;
-    each against the plain LM and against the adapter of another paragraph. "examples" has the mean loss (nats a token) of each paragraph.
+    reconstruction: a paragraph under its own adapter; completion: its second half under the adapter of its first; each against the plain
+    LM, against prompting (what the adapter read stands before it; of what is too long for the window, the end) and against the adapter
+    of another paragraph. "examples" has the mean loss (nats a token) of each paragraph.
     """
     tokens = [ids for text in texts if len(ids := reader.tokenizer(text).input_ids) >= 8]
     if len(tokens) < 2:
@@ -387,21 +388,21 @@ def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
     results, examples = {}, []
     for objective, pairs in suites.items():
         adapters = [reader.generator.write(reader.generator.read(reader.lm, torch.tensor([read]))) for read, _ in pairs]
-        losses: dict[str, list] = {"plain": [], "adapter": [], "wrong adapter": []}
-        for n, (_, said) in enumerate(tqdm(pairs, desc=objective, unit="paragraph", disable=None)):
-            for name, update in (("plain", None), ("adapter", adapters[n]), ("wrong adapter", adapters[(n + 1) % len(pairs)])):
-                losses[name].append(_losses(reader, said, update))
+        losses: dict[str, list] = {"plain": [], "prompting": [], "adapter": [], "wrong adapter": []}
+        for n, (read, said) in enumerate(tqdm(pairs, desc=objective, unit="paragraph", disable=None)):
+            seen = read[max(0, len(read) + len(said) - window(reader.lm)) :]
+            losses["plain"].append(_losses(reader, said))
+            losses["prompting"].append(_losses(reader, said, seen=seen))
+            losses["adapter"].append(_losses(reader, said, adapters[n]))
+            losses["wrong adapter"].append(_losses(reader, said, adapters[(n + 1) % len(pairs)]))
             examples.append({"paragraph": n, "objective": objective} | {name: round(values[n].mean().item(), 4) for name, values in losses.items()})
         results[objective] = {name: round(torch.cat(values).mean().exp().item(), 2) for name, values in losses.items()}
     return {"n": len(tokens), "perplexity": results, "examples": examples}
 
 
-def _losses(reader: Reader, tokens: list[int], update: Adapter | None) -> Tensor:
-    target = [Target(tokens, 1)]
-    if update is None:
-        return target_losses(reader.lm, 0, target)[0]
-    with update.applied_to(reader.lm):
-        return target_losses(reader.lm, 0, target)[0]
+def _losses(reader: Reader, tokens: list[int], update: Adapter | None = None, seen: Sequence[int] = ()) -> Tensor:
+    with update.applied_to(reader.lm) if update else nullcontext():
+        return target_losses(reader.lm, 0, [Target([*seen, *tokens], len(seen) + 1)])[0]
 
 
 # -------------------------------------------------------------------------------------------------- memory

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from minigen import bench, evaluation, training
 from minigen.__main__ import main
-from minigen.evaluation import CONTROLS, METHODS, WORDINGS, Reader, likeliest
+from minigen.evaluation import CONTROLS, METHODS, WORDINGS, Reader, evaluate_objectives, likeliest
 from minigen.formats import WEIGHTS, load_generator, save_generator
 from minigen.generator import GeneratorConfig
 from minigen.models import answer, last_tokens, load_lm
@@ -335,7 +335,22 @@ def test_evaluate_objectives(minigen):
     assert (found["suite"], found["n"]) == ("objectives", 3) and found["perplexity"].keys() == {"reconstruction", "completion"}
     assert [(each["objective"], each["paragraph"]) for each in found["examples"]] == [(o, n) for o in found["perplexity"] for n in range(3)]
     for values in found["perplexity"].values():
-        assert values.keys() == {"plain", "adapter", "wrong adapter"} and len(set(values.values())) == 3 and min(values.values()) > 1
+        assert values.keys() == {"plain", "prompting", "adapter", "wrong adapter"} and min(values.values()) > 1
+        assert len({values[name] for name in ("plain", "adapter", "wrong adapter")}) == 3
+
+
+@pytest.mark.parametrize("positions", [512, 40])
+def test_prompting_perplexity_is_that_of_the_text_behind_what_was_read(lm_folder, generator_for, positions):
+    lm, tokenizer = load_lm(str(lm_folder))
+    lm.config.max_position_embeddings = positions
+    texts = [" ".join(d.text.split()) for d in dev_documents()]
+    found = evaluate_objectives(Reader(lm, tokenizer, generator_for(lm)), texts)
+    for example in found["examples"]:
+        ids = tokenizer(texts[example["paragraph"]]).input_ids[:positions]
+        seen, said = (ids, ids) if example["objective"] == "reconstruction" else (ids[: len(ids) // 2], ids[len(ids) // 2 :])
+        row = torch.tensor([[*seen, *said][-positions:]])
+        losses = torch.nn.functional.cross_entropy(lm(row).logits[0, -len(said) : -1], row[0, -len(said) + 1 :])
+        assert example["prompting"] == pytest.approx(losses.item(), abs=2e-4)
 
 
 def test_export_is_a_lora_folder(minigen):
