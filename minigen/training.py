@@ -260,7 +260,7 @@ class Recipe:
     seed: int = 0
 
 
-LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=96, alpha=384.0, previous=True, embedding=True)
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=112, alpha=384.0, previous=True, embedding=True)
 PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
 TABLE_2 = Recipe(
