@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from .formats import load_generator, save_generator, whole_folder
+from .formats import CARD, load_generator, save_generator, whole_folder
 from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm, token_embeddings, with_previous
 from .models import length, load_lm, padded, repeated, word_tokenizer
 from .tasks import (
@@ -460,9 +460,13 @@ def layer_inputs(lm: PreTrainedModel, names: list[str], input_ids: Tensor) -> li
 
 @dataclass
 class Progress:
-    """Where a run stands; with the weights and the optimiser's state, all that resuming needs."""
+    """Where a run stands; with the weights and the optimiser's state, all that resuming needs.
+
+    first: the step of its source that it began at, behind those of the runs that it goes on from.
+    """
 
     begin: str
+    first: int = 0
     step: int = 0
     seconds: float = 0.0
     contexts: int = 0
@@ -500,7 +504,7 @@ def train(
     Several processes (`accelerate launch`) share each step's documents among them, and go the same way as one.
     out/checkpoint holds the newest complete checkpoint (weights, optimiser, random state, progress); resume=True goes on from
     it: under `steps` the result is the one that an uninterrupted run would have had. begin: a generator's folder to train on
-    from, in place of a start by regression.
+    from, in place of a start by regression, with the documents that come after its own.
     """
     recipe, out = RECIPES[recipe_name], Path(out)
     accelerator = Accelerator()
@@ -516,6 +520,8 @@ def train(
     progress = Progress(begin=str(begin or "regression"))
     if begin:
         generator.load_state_dict(load_generator(begin, lm).state_dict())
+        before = json.loads((Path(begin) / CARD).read_text())["provenance"]
+        progress.first = before.get("first", 0) + before.get("steps", 0)
     elif not resume:
         rng = random.Random(f"{recipe.seed} start")
         start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)], recipe.gain)
@@ -550,7 +556,7 @@ def train(
             group["lr"] = learning_rate
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         with accelerator.accumulate(objective):
-            losses = mean_losses(objective(*(part[share] for part in source.batch(progress.step))), recipe.objectives, accelerator)
+            losses = mean_losses(objective(*(part[share] for part in source.batch(progress.first + progress.step))), recipe.objectives, accelerator)
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(generator.parameters(), recipe.clip)
@@ -577,6 +583,7 @@ def train(
         provenance = {
             "recipe": recipe_name,
             "begin": progress.begin,
+            "first": progress.first,
             "settings": asdict(recipe),
             "data": [*dict.fromkeys(name for kind in recipe.mixture for name in (source.raw if kind == "text" else FILES.get(kind, ())))],
             "steps": progress.step,

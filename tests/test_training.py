@@ -389,13 +389,18 @@ training.train("tiny", sys.argv[1], sys.argv[2], steps=6, validate_every=3)
 """
 
 
-def test_a_resumed_run_says_what_it_once_began_with(lm_folder, tmp_path):
-    train("tiny", tmp_path / "first", str(lm_folder), steps=2)
-    start = tmp_path / "first" / "generator"
-    train("tiny", tmp_path / "second", str(lm_folder), steps=2, begin=start)
-    train("tiny", tmp_path / "second", str(lm_folder), steps=4, resume=True)
-    cards = [json.loads((tmp_path / run / "generator" / "generator.json").read_text())["provenance"] for run in ("first", "second")]
-    assert [(card["begin"], card["steps"]) for card in cards] == [("regression", 2), (str(start), 4)]
+def test_a_run_that_goes_on_from_another_says_so_and_has_other_documents(lm_folder, tmp_path, monkeypatch):
+    drawn, batch = [], Source.batch
+    monkeypatch.setattr(Source, "batch", lambda self, step: drawn.append(step) or batch(self, step))
+    first, second, third = (tmp_path / run / "generator" for run in ("first", "second", "third"))
+    train("tiny", first.parent, str(lm_folder), steps=2)
+    train("tiny", second.parent, str(lm_folder), steps=2, begin=first)
+    train("tiny", second.parent, str(lm_folder), steps=4, resume=True)
+    train("tiny", third.parent, str(lm_folder), steps=1, begin=second)
+    assert drawn == [0, 1, 2, 3, 4, 5, 6]
+    cards = [json.loads((folder / "generator.json").read_text())["provenance"] for folder in (first, second, third)]
+    expected = [("regression", 0, 2), (str(first), 2, 4), (str(second), 6, 1)]
+    assert [(card["begin"], card["first"], card["steps"]) for card in cards] == expected
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest(lm_and_tokenizer):
