@@ -96,7 +96,7 @@ def token_values(H: Float[Tensor, "b n h"], A2: ValueSide, E: Float[Tensor, "b n
 def outer_products(
     H: Float[Tensor, "b n h"], A2: ValueSide, B1: KeySide, mask: Bool[Tensor, "b n"], E: Float[Tensor, "b n h"] | None = None
 ) -> Float[Tensor, "b p q"]:
-    """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T"""
+    """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T, E: `token_values`"""
     H = H.masked_fill(~mask[..., None], 0.0)
     values = token_values(H, A2, E).masked_fill(~mask[..., None], 0.0)
     return einsum(values, token_keys(H, B1), "b n p, b n q -> b p q")
