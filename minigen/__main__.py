@@ -135,7 +135,7 @@ def run_evaluate(asked: argparse.Namespace) -> None:
             table.add_row(f"[dim]adapter, {name} context", f"{r[main]}", "", f"{r.get('em', '')}", f"{r.get('recall', '')}")
     else:
         result = evaluate_objectives(it, items)
-        table = Table("objective", "plain LM", "own adapter", "another's adapter", title="perplexity")
+        table = Table("perplexity", *result["perplexity"]["reconstruction"])
         for name, r in result["perplexity"].items():
             table.add_row(name, *(f"{value}" for value in r.values()))
     out.print(table)

@@ -105,7 +105,7 @@ VALUES = {"open": open_value, "closed": closed_value}
 
 
 @cache
-def _relations(file: str) -> tuple[dict, ...]:
+def _records(file: str) -> tuple[dict, ...]:
     return tuple(json.loads(line) for line in (DATA / file).read_text().splitlines())
 
 
@@ -123,7 +123,7 @@ def world_document(rng: random.Random, facts: tuple[int, int] = (4, 8), values: 
             about = rng.choice(("person", "person", "place", "organisation", "product", "event"))
         subject = open_value(about, rng)
         if anew:
-            own = [relation for relation in _relations("world.jsonl") if relation["about"] == about]
+            own = [relation for relation in _records("world.jsonl") if relation["about"] == about]
             relations = rng.sample(own, min(rng.randint(1, 4), count - len(told)))
         told += [(subject, relation, VALUES[values](relation["value"], rng)) for relation in relations[: count - len(told)]]
     rng.shuffle(told)
@@ -152,7 +152,7 @@ def world_dialogue(rng: random.Random, facts: tuple[int, int] = (4, 8)) -> Docum
     Speakers are numbered, as in Multi-Session Chat, or have fresh names.
     """
     speakers = rng.choice([("Speaker 1", "Speaker 2"), (invented_word(rng), invented_word(rng))])
-    told = [(rng.choice(speakers), relation, open_value(relation["value"], rng)) for relation in rng.sample(_relations("talk.jsonl"), rng.randint(*facts))]
+    told = [(rng.choice(speakers), relation, open_value(relation["value"], rng)) for relation in rng.sample(_records("talk.jsonl"), rng.randint(*facts))]
     again = [(*(s for s in speakers if s != speaker), relation, open_value(relation["value"], rng)) for speaker, relation, _ in told if rng.random() < 0.3]
     told = rng.sample(told + again, len(told))
     breaks = set(rng.sample(range(1, len(told)), min(rng.randint(1, 2), len(told) - 1)))
@@ -172,8 +172,23 @@ def world_task(rng: random.Random) -> Document:
     shown = [kind for kind in kinds for _ in range(rng.randint(1, 3))]
     rng.shuffle(shown)
     text = "\n\n".join(f"{question_prompt(open_value(kind, rng))} {labels[kind]}" for kind in shown)
-    asked = [rng.choice(kinds) for _ in range(8)]
+    asked = [rng.choice(kinds) for _ in range(10)]
     return Document(text, tuple(Question(open_value(kind, rng), (labels[kind],), tuple(labels.values())) for kind in asked))
+
+
+def lesson(rng: random.Random) -> Document:
+    """A task of data/lessons.jsonl shown by 4 to 8 examples, and new ones as questions; half of the kinds to sort into have invented names."""
+    task = rng.choice(_records("lessons.jsonl"))
+    examples, options = task.get("pairs"), ()
+    if "kinds" in task:
+        kinds = rng.sample(list(task["kinds"]), rng.randint(2, len(task["kinds"])))
+        options = tuple(kinds) if rng.random() < 0.5 else tuple(invented_word(rng).lower() for _ in kinds)
+        examples = [(thing, label) for kind, label in zip(kinds, options, strict=True) for thing in task["kinds"][kind]]
+    examples, count = rng.sample(examples, len(examples)), rng.randint(4, 8)
+    text = "\n\n".join(f"{question_prompt(given)} {wanted}" for given, wanted in examples[:count])
+    known = {wanted for _, wanted in examples[:count]}
+    asked = [(given, wanted) for given, wanted in examples[count:] if wanted in known or not options]
+    return Document(text, tuple(Question(given, (wanted,), options) for given, wanted in asked[:10]))
 
 
 @cache

@@ -32,6 +32,7 @@ from .tasks import (
     Question,
     cloze,
     excerpt,
+    lesson,
     package_text,
     question_prompt,
     read_documents,
@@ -260,7 +261,7 @@ class Recipe:
     seed: int = 0
 
 
-LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=112, alpha=384.0, previous=True, embedding=True)
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=128, alpha=384.0, previous=True, embedding=True)
 PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
 TABLE_2 = Recipe(
@@ -275,11 +276,13 @@ TABLE_2 = Recipe(
     gain=1.0,
 )
 TOLD = {"prose": 0.35, "world": 0.05, "closed world": 0.25, "rivals": 0.35}
+INSTRUCTED = {"prose": 0.3, "world": 0.05, "closed world": 0.1, "rivals": 0.2, "dialogues": 0.1, "tasks": 0.25}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
+FACTS = Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=2.5e-4, steady=0.5)
 RECIPES = {
-    "facts": Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=4e-4, steady=0.5),
+    "facts": FACTS,
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
-    "instruct": Recipe(LAPTOP, {"prose": 0.4, "world": 0.2, "dialogues": 0.2, "tasks": 0.2}, {"answers": 1.0}, facts=(4, 8)),
+    "instruct": replace(FACTS, mixture=INSTRUCTED),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
     "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=1.0),
@@ -289,6 +292,8 @@ RECIPES = {
     "toy-frobenius": replace(TABLE_2, config=replace(TABLE_2.config, norm="frobenius")),
     "toy-polar": replace(TABLE_2, config=replace(TABLE_2.config, norm="polar")),
     "toy-feed-forward": replace(TABLE_2, config=replace(TABLE_2.config, targets=("mlp.c_proj",))),
+    "toy-previous": replace(TABLE_2, config=replace(TABLE_2.config, previous=True)),
+    "toy-embedding": replace(TABLE_2, config=replace(TABLE_2.config, embedding=True)),
 }
 
 
@@ -298,6 +303,7 @@ FILES = {
     "closed world": ["data/world.jsonl"],
     "rivals": ["data/world.jsonl"],
     "dialogues": ["data/talk.jsonl"],
+    "tasks": ["data/lessons.jsonl"],
     "toy world": ["data/toy_world.json"],
 }
 POOL = 4
@@ -328,7 +334,7 @@ class Source:
         if kind == "dialogues":
             return world_dialogue(rng, self.recipe.facts)
         if kind == "tasks":
-            return world_task(rng)
+            return rng.choice((world_task, lesson, lesson))(rng)
         return world_document(rng, self.recipe.facts, "open" if kind == "world" else "closed", rivals=kind == "rivals")
 
     def context(self, rng: random.Random) -> Document:

@@ -330,7 +330,8 @@ def test_the_likeliest_option_is_the_one_with_the_lowest_loss(here, generator_fo
 
 def test_evaluate_objectives(minigen):
     Path("raw.txt").write_text("\n\n".join(" ".join(d.text.split()) for d in dev_documents()))
-    assert minigen(f"evaluate objectives {EVALUATE} --data raw.txt")[::2] == (0, "")
+    status, printed, errors = minigen(f"evaluate objectives {EVALUATE} --data raw.txt")
+    assert (status, errors) == (0, "") and re.search("perplexity .* plain .* prompting .* adapter .* wrong adapter", printed)
     found = result()
     assert (found["suite"], found["n"]) == ("objectives", 3) and found["perplexity"].keys() == {"reconstruction", "completion"}
     assert [(each["objective"], each["paragraph"]) for each in found["examples"]] == [(o, n) for o in found["perplexity"] for n in range(3)]

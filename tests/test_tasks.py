@@ -24,6 +24,7 @@ from minigen.tasks import (
     excerpt,
     f1,
     joined,
+    lesson,
     open_value,
     prose_document,
     read_demonstrations,
@@ -92,9 +93,9 @@ def test_of_rivals_the_same_is_told(monkeypatch):
 
 @pytest.mark.parametrize(("file", "subjects"), [("world.jsonl", 1), ("talk.jsonl", 0)])  # who talks of himself needs no name
 def test_no_two_relations_ask_the_same(file, subjects):
-    asked = [(relation["about"], question) for relation in tasks._relations(file) for question in relation["asks"]]
+    asked = [(relation["about"], question) for relation in tasks._records(file) for question in relation["asks"]]
     assert len(set(asked)) == len(asked)
-    for relation in tasks._relations(file):
+    for relation in tasks._records(file):
         assert all(says.count("{s}") == subjects and says.count("{v}") == 1 for says in relation["says"])
         assert all("{s}" in question and "{v}" not in question for question in relation["asks"])
 
@@ -345,6 +346,25 @@ def test_a_task_shows_every_label_and_asks_about_new_things(seed):
     assert {label for _, label in shown} == {*labels} and 2 <= len(labels) <= 4
     for question in document.questions:
         assert question.options == labels and question.answers[0] in labels
+
+
+@given(st.integers(0, 10_000))
+def test_a_lesson_asks_about_new_things_and_has_shown_every_kind_that_it_asks_for(seed):
+    document = lesson(random.Random(seed))
+    shown = dict(re.findall(r"Question: (.+)\nAnswer: (.+)", document.text))
+    assert 4 <= len(shown) <= 8 and document.questions
+    for question in document.questions:
+        assert question.text not in shown
+        if question.options:
+            assert question.answers[0] in shown.values() and {*shown.values()} <= {*question.options}
+
+
+def test_no_lesson_is_one_of_the_tasks_to_evaluate_on():
+    evaluated = {(q.text, q.answers[0]) for document in read_demonstrations(DATA / "tasks") for q in document.questions}
+    for task in tasks._records("lessons.jsonl"):
+        assert not (DATA / "tasks" / task["task"]).exists()
+        taught = task.get("pairs") or [(thing, kind) for kind, things in task["kinds"].items() for thing in things]
+        assert not evaluated & set(map(tuple, taught))
 
 
 TALK = {"sessions": [[{"speaker": "A", "text": "I keep bees."}], [{"speaker": "B", "text": "Nine hives."}]], "question": "Who?", "answers": ["A"]}
