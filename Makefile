@@ -21,7 +21,7 @@ demo test test-browser notebooks: export HF_HUB_OFFLINE = 1
 demo test test-browser notebooks: export TOKENIZERS_PARALLELISM = false
 # Stored outputs hold no progress bars.
 test test-browser notebooks: export TQDM_DISABLE = 1
-# A notebook's cells, and a file's tests, stay in one process; each of the two has a core of its own.
+# A notebook's cells, and a file's tests, stay in one of pytest's two processes; each has a core of its own.
 test: export OMP_NUM_THREADS = 1
 TWO_AT_ONCE := -n 2 --dist loadscope
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg --nbval-cell-timeout 600 -p no:rerunfailures -rs

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from .bench import bench, bench_norms, bench_training
-from .evaluation import BASELINES, METHODS, WORDINGS, Reader, evaluate_demonstrations, evaluate_documents, evaluate_objectives
+from .evaluation import BASELINES, METHODS, WORDINGS, Reader, check_room, evaluate_demonstrations, evaluate_documents, evaluate_objectives
 from .formats import BadGenerator, import_official, load_generator, official_config, save_generator, save_peft, whole_file
 from .gist import GISTS, train_gist
 from .models import UnknownLM, load_lm, load_weights, window
@@ -47,6 +48,8 @@ def run_ask(asked: argparse.Namespace) -> None:
     if not all(question.strip() for question in asked.question):
         raise BadData("an empty question was given; ask something: --question 'Who ...?'")
     it = reader(asked)
+    for question in asked.question:
+        check_room(it, question)
     ids = it.tokenizer(text).input_ids
     tokens = len(ids)
     chunk = it.generator.config.chunk
@@ -73,13 +76,17 @@ def run_ask(asked: argparse.Namespace) -> None:
         table.add_row(escape(question), *(escape(answers[name][row]) for name in METHODS))
     table.add_row("[dim]seconds", *(f"[dim]{seconds[name]:.1f}" for name in METHODS))
     out.print(table)
-    out.print(f"Reading the text and writing its adapter took {seconds['read and write']:.1f} s of the adapter's time.")
+    out.print(f"Reading the text and writing its adapter alone takes {seconds['read and write']:.1f} s, once for all questions.")
     rounded = {name: round(value, 3) for name, value in seconds.items()}
     write_json(asked.json, {"context_tokens": tokens, "questions": asked.question, "answers": answers, "seconds": rounded})
 
 
 def run_train(asked: argparse.Namespace) -> None:
     """Train a generator, or (toy-lm) the toy language model itself."""
+    if (asked.recipe == "toy-lm" or asked.recipe in GISTS) and PartialState().num_processes > 1:
+        raise BadData(f"{asked.recipe} is trained by one process; start it without accelerate launch")
+    if (asked.recipe == "toy-lm" or asked.recipe in GISTS) and (asked.generator or asked.data):
+        raise BadData(f"{asked.recipe} begins with no generator and chooses its own texts; leave --generator and --data out")
     if asked.recipe == "toy-lm":
         if not asked.steps:
             raise BadData("toy-lm is trained for a number of steps, so that everybody gets the same weights; say --steps 4000")
@@ -92,6 +99,8 @@ def run_train(asked: argparse.Namespace) -> None:
             raise BadData(f"{asked.recipe} is trained for a number of steps at once; say --steps 1100, without --resume")
         out.print(train_gist(asked.recipe, asked.out, asked.lm, asked.steps))
         return
+    if asked.data and "text" not in RECIPES[asked.recipe].mixture:
+        out.print(f"recipe {asked.recipe!r} reads no raw text, so --data is left aside; pretrain reads it")
     if asked.resume and not (asked.out / "checkpoint").is_dir():
         raise BadData(f"--resume asked, but {asked.out}/checkpoint does not exist; leave --resume out, or name the folder of an earlier run")
     out.print(train(asked.recipe, asked.out, asked.lm, asked.minutes, asked.steps, asked.data, asked.resume, asked.generator))
@@ -108,8 +117,10 @@ def run_evaluate(asked: argparse.Namespace) -> None:
         raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS | BASELINES)} are known; choose from these")
     if asked.tokens is not None and asked.suite != "documents":
         raise BadData(f"--tokens {asked.tokens} asked of the suite {asked.suite!r}, but only documents are joined; leave it out")
-    if asked.questions is not None and asked.suite not in SUITES:
-        raise BadData(f"--questions {asked.questions} asked of the suite {asked.suite!r}, which asks none; leave it out")
+    of_questions = {"--questions": asked.questions, "--wording": asked.wording, "--gist": asked.gist}
+    if asked.suite not in SUITES and any(of_questions.values()):
+        option = next(name for name, given in of_questions.items() if given)
+        raise BadData(f"{option} asked of the suite {asked.suite!r}, which puts no questions; leave it out")
     if asked.suite in SUITES:
         items = SUITES[asked.suite](asked.data)
     elif asked.data.suffix in (".json", ".jsonl"):
@@ -146,8 +157,10 @@ def run_export(asked: argparse.Namespace) -> None:
     """Write the adapter of a text as a PEFT LoRA folder."""
     text = read_text(asked.context)
     it = reader(asked)
-    save_peft(it.adapter(text), asked.out, it.lm)
-    out.print(f"{asked.out}: a LoRA of rank {it.generator.config.rank} for {len(it.generator.layers)} layers of {asked.lm}")
+    adapter = it.adapter(text)
+    save_peft(adapter, asked.out, it.lm)
+    rank = next(iter(adapter.down.values())).shape[1]
+    out.print(f"{asked.out}: a LoRA of rank {rank} for {len(adapter.down)} layers of {asked.lm}")
 
 
 def run_import(asked: argparse.Namespace) -> None:
@@ -193,9 +206,8 @@ def made_by() -> dict[str, str]:
 
 
 def machine() -> str:
-    """What the numbers were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return f"{platform.machine()} {device}, torch {torch.__version__.split('+')[0]}"
+    """What the numbers were measured on: the CPU, for only `train` looks for another device."""
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
 
 class Parser(argparse.ArgumentParser):

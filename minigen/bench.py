@@ -33,18 +33,18 @@ def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
     lm, generator = reader.lm, reader.generator
 
     def stream(tokens: int) -> Tensor:
-        return torch.arange(tokens)[None] % (lm.config.vocab_size - 10) + 5
+        return torch.arange(tokens, device=lm.device)[None] % (lm.config.vocab_size - 10) + 5
 
     def read(length: int) -> None:  # again and again, for what an allocator keeps for itself grows with the work done
         for _ in range(STREAMS[1] // length):
             generator.read(lm, stream(length))
 
-    peaks = [peak_memory(partial(read, length)) for length in STREAMS]
+    peaks = [peak_memory(partial(read, length), lm.device) for length in STREAMS]
     held = [tensor_memory(partial(generator.read, lm, stream(length))) for length in STREAMS]
     ids = stream(tokens)
     state = generator.read(lm, ids)
     update = generator.write(state)
-    prompt = reader.tokenizer(question_prompt("What is it?"), return_tensors="pt").input_ids
+    prompt = reader.tokenizer(question_prompt("What is it?"), return_tensors="pt").input_ids.to(lm.device)
 
     def generate() -> None:
         lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=32, max_new_tokens=32, do_sample=False, pad_token_id=0)
@@ -92,12 +92,12 @@ def bench(reader: Reader, tokens: int = 512, repeats: int = 7) -> list[dict]:
     ]
 
 
-def peak_memory(work: Callable[[], object]) -> int:
-    """The most bytes that the process held at any time of a piece of work: of the accelerator where there is one, else of main memory, looked at every 5 ms."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that the process held at any time of a piece of work: of the GPU where that is its device, else of main memory, looked at every 5 ms."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         work()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     process, seen, done = psutil.Process(), [], threading.Event()
 
     def watch() -> None:
@@ -160,7 +160,7 @@ def _ratio(name: str, numerator: float, denominator: float, sizes: dict) -> dict
     return {"name": name, "ratio": round(numerator / denominator, 4), "numerator": round(numerator, 5), "denominator": round(denominator, 5), "sizes": sizes}
 
 
-NORMED = ((30, 128, 32), (8, 1024, 128))  # layers, side of the state, rank: of a laptop's generator and of a fourth of Mistral-7B's
+NORMED = ((30, 128, 32), (8, 1024, 128))  # layers, side of the state, rank: of a small generator, and of a fourth of Mistral-7B's
 
 
 def bench_norms(reader: Reader, text: str, shapes: Sequence[tuple[int, int, int]] = NORMED, repeats: int = 5) -> list[dict]:

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig
+from .generator import NORMS, Adapter, AdapterGenerator, ContextState, GeneratorConfig
 from .gist import GISTS, count_tokens, load_gist
 from .models import answer, read_beginning, window
 from .tasks import BadData, Document, Question, answer_recall, exact_match, f1, question_prompt
@@ -288,8 +288,17 @@ def _ask(reader: Reader, method: str, context: str, document: Document, decode: 
     return (METHODS | BASELINES)[method](reader, context, [q.text for q in document.questions], decode)
 
 
+def check_room(reader: Reader, question: str) -> None:
+    """Refuse a question that would not leave room for a text and an answer."""
+    count, room = len(reader.tokenizer(question_prompt(question), verbose=False).input_ids), window(reader.lm) // 2 - NEW_TOKENS
+    if count > room:
+        raise BadData(f"the question has {count:,} tokens, but at most {room:,} fit; ask with fewer words")
+
+
 def _evaluate(reader: Reader, documents: Sequence[Document], methods: Sequence[str], controls: bool, ask: Callable, scored: Callable) -> dict:
     examples, results, control_scores = [], {}, {}
+    for question in (question for document in documents for question in document.questions):
+        check_room(reader, question.text)
     for name in methods:
         began = time.perf_counter()
         said = [ask(name, d.text, d) for d in tqdm(documents, desc=name, unit="document", disable=None)]
@@ -347,14 +356,16 @@ def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
     """TFLOPs to answer one question of the mean document once it was read, and the floats kept of it meanwhile (a token of the text counts as one)."""
     questions = [q.text for d in documents for q in d.questions]
     asked = statistics.fmean(len(reader.tokenizer(question_prompt(q)).input_ids) for q in questions) + NEW_TOKENS
-    context = statistics.fmean(len(reader.tokenizer(d.text).input_ids) for d in documents)
-    config, rank = reader.lm.config, min(reader.generator.config.rank, reader.generator.config.q)
+    lengths = [len(reader.tokenizer(d.text).input_ids) for d in documents]
+    context, seen = statistics.fmean(lengths), statistics.fmean(min(length, window(reader.lm)) for length in lengths)
+    config, made = reader.lm.config, reader.generator.config
+    rank = NORMS[made.norm](torch.eye(made.p, made.q), made.rank)[0].shape[-1]
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     kv = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
     widths = sum(layer.i + layer.o for layer in reader.generator.layers)
-    shown = {"prompting": context, "retrieval": context * statistics.fmean(min(1.0, PASSAGES / len(_passages(d.text))) for d in documents)}
+    shown = {"prompting": seen, "retrieval": context * statistics.fmean(min(1.0, PASSAGES / len(_passages(d.text))) for d in documents)}
     tuned_floats = TUNED_RANK * widths
-    kept = {"prompting": kv * context, "retrieval": context, "continual pretraining": tuned_floats, "few-shot tuning": tuned_floats}
+    kept = {"prompting": kv * seen, "retrieval": context, "continual pretraining": tuned_floats, "few-shot tuning": tuned_floats}
     if reader.gist:
         kept["gist"] = kv * (count_tokens(reader.gist) or context)
     kept |= dict.fromkeys(("adapter", "sequential adapter"), rank * widths)
@@ -387,7 +398,7 @@ def evaluate_objectives(reader: Reader, texts: Sequence[str]) -> dict:
     suites = {"reconstruction": [(ids, ids) for ids in reads], "completion": halves}
     results, examples = {}, []
     for objective, pairs in suites.items():
-        adapters = [reader.generator.write(reader.generator.read(reader.lm, torch.tensor([read]))) for read, _ in pairs]
+        adapters = [reader.generator.write(reader.generator.read(reader.lm, torch.tensor([read], device=reader.lm.device))) for read, _ in pairs]
         losses: dict[str, list] = {"plain": [], "prompting": [], "adapter": [], "wrong adapter": []}
         for n, (read, said) in enumerate(tqdm(pairs, desc=objective, unit="paragraph", disable=None)):
             seen = read[max(0, len(read) + len(said) - window(reader.lm)) :]

@@ -63,6 +63,13 @@ def whole_file(target: str | Path):
         scratch.unlink(missing_ok=True)
 
 
+def refuse_foreign(folder: str | Path, mark: str) -> None:
+    """FileExistsError for a folder that would be replaced whole, and holds files, but not the one by which an earlier result is known."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / mark).exists() and (folder.is_file() or any(folder.iterdir())):
+        raise FileExistsError(EEXIST, f"holds other files; name a new folder, or one with an earlier result ({mark}) to replace", str(folder))
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file; a full disk is an OSError, as everywhere else."""
     try:
@@ -81,6 +88,7 @@ def save_generator(
         "layers": [asdict(layer) for layer in generator.layers],
         "provenance": provenance,
     }
+    refuse_foreign(folder, CARD)
     with whole_folder(folder) as scratch:
         save_tensors({k: v.to(dtype) for k, v in generator.state_dict().items()}, scratch / WEIGHTS)
         (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n")
@@ -127,6 +135,8 @@ def official_config(folder: str | Path) -> dict:
     try:
         found = json.loads((folder / "adapter_config.json").read_text())
         odd = [name for name, value in OFFICIAL_METHOD.items() if found[name] != value]
+        if not isinstance(base := found["base_model_name_or_path"], str):
+            raise TypeError(f"base_model_name_or_path is {base!r}")
     except FileNotFoundError:
         raise BadGenerator(f"{folder}: adapter_config.json is missing; name the folder of one of the authors' checkpoints") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -194,9 +204,7 @@ def save_peft(adapter: Adapter, folder: str | Path, lm: PreTrainedModel) -> None
     """One adapter as a PEFT LoRA folder:   lora_A = down (r x i), lora_B = up (o x r), lora_alpha / r = scale"""
     if adapter.batch != 1:
         raise ValueError(f"a LoRA folder holds one adapter, this holds {adapter.batch}; choose a row first: adapter[[0]]")
-    folder = Path(folder)
-    if folder.exists() and not (folder / "adapter_config.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise FileExistsError(EEXIST, "holds other files; name a new folder, or one with a LoRA to replace", str(folder))
+    refuse_foreign(folder, "adapter_config.json")
     rank = next(iter(adapter.down.values())).shape[1]
     config = {
         "peft_type": "LORA",

@@ -30,7 +30,7 @@ KeySide = Float[Tensor, "h q"] | Float[Tensor, "2*h q"]  # B1, for a key of the 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Settings of a generator; the defaults are those of the laptop model, the paper's 7B ones stand behind each.
+    """Settings of a generator; the defaults are for a quick trial, the paper's for its 7B stand behind each.
 
     targets: name suffixes of the linear layers to adapt, in any family (paper: attention output of every block).
     blocks: indices of the transformer blocks to adapt, or None for all of them.

@@ -18,14 +18,14 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .formats import BadGenerator, save_tensors, whole_folder
+from .formats import BadGenerator, refuse_foreign, save_tensors, whole_folder
 from .models import fingerprint, last_tokens, load_lm, padded, window
 from .tasks import question_prompt
 from .training import RECIPES, Recipe, Source, answers, write_csv
 
 NOTHING, TEXT, GIST, QUESTION = range(-1, 3)  # what a place of a row holds; the questions count on from QUESTION
 LORA_RANK = 32
-TOKENS = "gist.safetensors"
+TOKENS, CARD = "gist.safetensors", "gist.json"
 
 GISTS: dict[str, tuple[Recipe, int]] = {f"toy-gist-{count}": (RECIPES["toy"], count) for count in (1, 4, 16, 64)}
 GISTS["tuned-prompting"] = (RECIPES["facts"], 0)
@@ -101,6 +101,7 @@ def train_gist(name: str, out: str | Path, lm_name: str, steps: int) -> dict[str
     """Train gist tokens and LoRA on the documents and questions of a recipe for so many steps, and leave them in the folder `out`."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict  # takes seconds to import
 
+    refuse_foreign(out, CARD)
     recipe, count = GISTS[name]
     accelerator = Accelerator()
     set_seed(recipe.seed)
@@ -129,7 +130,7 @@ def train_gist(name: str, out: str | Path, lm_name: str, steps: int) -> dict[str
         lora.save_pretrained(scratch)
         save_tensors({k: v.bfloat16() for k, v in get_peft_model_state_dict(gist.lm).items()}, scratch / "adapter_model.safetensors")
         save_tensors({"tokens": gist.tokens}, scratch / TOKENS)
-        (scratch / "gist.json").write_text(json.dumps(card, indent=1) + "\n")
+        (scratch / CARD).write_text(json.dumps(card, indent=1) + "\n")
         write_csv(scratch / "log.csv", log)
     return log[-1]
 
@@ -140,7 +141,7 @@ def load_gist(folder: str | Path, lm: PreTrainedModel, tokenizer: PreTrainedToke
 
     folder = Path(folder)
     try:
-        made_for = json.loads((folder / "gist.json").read_text())["lm"]
+        made_for = json.loads((folder / CARD).read_text())["lm"]
     except (OSError, ValueError, KeyError):
         raise BadGenerator(f"{folder}: no gist found there; name the folder that `train` wrote, by one of the recipes {[*GISTS]}") from None
     if made_for["fingerprint"] != fingerprint(lm):

@@ -20,9 +20,8 @@ from ipywidgets import HTML, Box, Button, Checkbox, Dropdown, FloatSlider, HBox,
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
-from .evaluation import METHODS, NEW_TOKENS, Reader, closed_book
+from .evaluation import METHODS, Reader, check_room, closed_book
 from .generator import NORMS, Adapter, ContextState
-from .models import window
 from .spectra import (
     Figure,
     gains,
@@ -36,7 +35,7 @@ from .spectra import (
     token_shares,
 )
 from .tasks import BadData, Question
-from .training import answer_target, question_prompt, target_losses
+from .training import answer_target, target_losses
 
 LONGEST = 2048  # tokens of a text; reading more would take minutes on a laptop
 
@@ -79,9 +78,7 @@ def check_question(reader: Reader, question: str) -> None:
     unknown = reader.tokenizer.unk_token_id
     if not any(token != unknown and any(map(str.isalnum, piece)) for token, piece in zip(*pieces(reader.tokenizer, question), strict=True)):
         raise BadData("the LM knows no word of this question; ask with words of the text")
-    count, room = len(pieces(reader.tokenizer, question_prompt(question))[0]), window(reader.lm) // 2 - NEW_TOKENS
-    if count > room:
-        raise BadData(f"the question has {count:,} tokens, but at most {room:,} fit; ask with fewer words")
+    check_room(reader, question)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Int
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -62,7 +63,7 @@ def load_weights(name: str, dtype: torch.dtype = torch.float32, **placement) -> 
         local = {"etag_timeout": 3, "ignore_patterns": ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]}
         folder = name if Path(name).is_dir() else snapshot_download(name, **local)
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **placement)
-    except (OSError, ValueError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError, SafetensorError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UnknownLM(
             f"LM {name!r} asked, but it is neither 'smollm2' or 'toy', nor a folder with a model, nor a hub id within reach "
             f"({_first_line(error)}); check the name"

@@ -97,7 +97,8 @@ def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: In
     chunks = []
 
     def listen(H, E, mask):
-        chunks.append((H, E))
+        home = generator.by_layer[0].norm.device
+        chunks.append(([h.to(home) for h in H], E.to(home)))
         return generator.contribution(H, E, mask)
 
     listener = copy(generator)

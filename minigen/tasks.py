@@ -411,11 +411,14 @@ def read_paragraphs(path: str | Path, shortest: int = 200) -> list[str]:
     text = read_text(path)
     for spaced, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), ("<unk>", "it")):
         text = text.replace(spaced, plain)
-    text = re.sub(r" ([.,;:!?)\]%'])", r"\1", text)
+    text = re.sub(r" ([.,;:!?)\]%]|'(?:s|t|re|ve|ll|d|m)\b)", r"\1", text)
     text = re.sub(r"([(\[]) ", r"\1", text)
     text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
-    lines = [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=\S)", text)]
-    found = [line for line in lines if len(line) >= shortest and not line.startswith("=")]
+    found = []
+    for part in re.split(r"\n\s*\n", text):  # one paragraph, broken into short lines, or several of one line each
+        lines = part.splitlines()
+        lines = lines if any(len(line) >= shortest for line in lines) else [part]
+        found += [line for line in (" ".join(line.split()) for line in lines) if len(line) >= shortest and not line.startswith("=")]
     if not found:
         raise BadData(f"{path}: no paragraph of at least {shortest} characters; give a longer text")
     return found

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from .formats import CARD, load_generator, save_generator, whole_folder
+from .formats import CARD, load_generator, refuse_foreign, save_generator, whole_folder
 from .generator import Adapter, AdapterGenerator, ContextState, GeneratorConfig, block_inputs, rms_norm, token_embeddings, with_previous
 from .models import length, load_lm, padded, repeated, word_tokenizer
 from .tasks import (
@@ -276,9 +276,9 @@ TABLE_2 = Recipe(
     gain=1.0,
 )
 TOLD = {"prose": 0.35, "world": 0.05, "closed world": 0.25, "rivals": 0.35}
-INSTRUCTED = {"prose": 0.3, "world": 0.05, "closed world": 0.15, "rivals": 0.3, "dialogues": 0.05, "tasks": 0.15}
+INSTRUCTED = {"prose": 0.3, "world": 0.05, "closed world": 0.15, "rivals": 0.35, "dialogues": 0.05, "tasks": 0.1}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
-FACTS = Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=2.5e-4, steady=0.5)
+FACTS = Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=2.5e-4)
 RECIPES = {
     "facts": FACTS,
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
@@ -390,7 +390,7 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
 
     def add_products(layer: int, **pairs: tuple[Tensor, Tensor]) -> None:
         for name, (left, right) in pairs.items():
-            sums[layer][name] = sums[layer].get(name, 0) + left.T @ right
+            sums[layer][name] = sums[layer].get(name, 0) + (left.T @ right).cpu()  # not every device can count in doubles
 
     for first in tqdm(range(0, len(documents), 8), desc="start by regression", unit="batch", disable=None):
         batch = documents[first : first + 8]
@@ -471,6 +471,7 @@ class Progress:
     first: the step of its source that it began at, behind those of the runs that it goes on from.
     """
 
+    recipe: str
     begin: str
     first: int = 0
     step: int = 0
@@ -523,9 +524,15 @@ def train(
         generator = AdapterGenerator.for_lm(lm, recipe.config)
     except ValueError as error:
         raise BadData(f"recipe {recipe_name!r} does not fit {lm_name}: {error}") from None
-    progress = Progress(begin=str(begin or "regression"))
+    if accelerator.num_processes > recipe.contexts:
+        raise BadData(f"{accelerator.num_processes} processes asked to share the {recipe.contexts} contexts of a step; start at most as many as these")
+    progress = Progress(recipe_name, begin=str(begin or "regression"))
     if begin:
-        generator.load_state_dict(load_generator(begin, lm).state_dict())
+        trained = load_generator(begin, lm)
+        shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (trained, generator)]
+        if trained.layers != generator.layers or shapes[0] != shapes[1]:
+            raise BadData(f"--generator {begin} asked, but recipe {recipe_name!r} trains other layers or sizes; choose the recipe that made it ({CARD})")
+        generator.load_state_dict(trained.state_dict())
         before = json.loads((Path(begin) / CARD).read_text())["provenance"]
         progress.first = before.get("first", 0) + before.get("steps", 0)
     elif not resume:
@@ -534,17 +541,23 @@ def train(
     objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives, recipe.pieces, recipe.checkpointing, recipe.asked)
     objective, *optimizers = accelerator.prepare(objective, *recipe_optimizers(recipe, generator))
     if resume:
+        progress = Progress(**json.loads((out / "checkpoint" / "progress.json").read_text()))
+        if progress.recipe != recipe_name:
+            raise BadData(f"--resume of recipe {recipe_name!r} asked, but {out}/checkpoint is of {progress.recipe!r}; name the folder of its own run")
         try:
             accelerator.load_state(str(out / "checkpoint"))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise BadData(
-                f"--resume of recipe {recipe_name!r} asked, but {out}/checkpoint is of another generator ({reason}); name the folder of its own run"
+                f"--resume of recipe {recipe_name!r} asked, but {out}/checkpoint is of another generator, or of another number of processes "
+                f"({reason}); name the folder of its own run"
             ) from None
-        progress = Progress(**json.loads((out / "checkpoint" / "progress.json").read_text()))
 
     def done() -> float:
         return progress.step / steps if steps else progress.seconds / (60 * minutes)
+
+    def validation() -> dict[str, float]:
+        return {f"dev {k}": round(v, 4) for k, v in transfer(generator, lm, tokenizer, held_out).items()}
 
     def checkpoint() -> None:
         if accelerator.is_main_process:
@@ -576,15 +589,17 @@ def train(
         bar.set_postfix(step=progress.step, loss=row["loss"], lr=f"{row['lr']:.1e}")
         bar.update(min(100, 100 * done()) - bar.n)
         if progress.step % validate_every == 0 or done() >= 1:
-            row |= {f"dev {k}": round(v, 4) for k, v in transfer(generator, lm, tokenizer, held_out).items()}
+            row |= validation()
         progress.history.append({"step": progress.step, "contexts": progress.contexts, "seconds": round(progress.seconds, 1)} | row)
         if accelerator.is_main_process and ("dev own" in row):
             write_log(out / "log.csv", progress.history)
         if progress.seconds - saved > save_every:
             checkpoint()
             saved = progress.seconds
-    checkpoint()
     last = progress.history[-1]
+    if "dev own" not in last:  # resumed with no more than was spent
+        last |= validation()
+    checkpoint()
     if accelerator.is_main_process:
         provenance = {
             "recipe": recipe_name,
@@ -669,6 +684,7 @@ def train_toy_lm(out: str | Path, steps: int, resume: bool = False, rows: int = 
     it is. Documents grow as it learns: in short ones it finds out that answers can be looked up (induction), and whose they are.
     resume: train the LM that is in `out` for so many steps more, on the longest documents and at a quarter of the learning rate.
     """
+    refuse_foreign(out, "lm_log.csv")
     tokenizer = word_tokenizer([*re.findall(r"\w+", question_prompt("")), *toy_vocabulary()], TOY_LM.n_positions)
     accelerator = Accelerator()
     log = [*csv.DictReader((Path(out) / "lm_log.csv").open())] if resume else []

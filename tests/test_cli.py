@@ -38,6 +38,8 @@ def here(tmp_path, lm_folder, tiny_lm, generator_for, monkeypatch):
     """A folder to work in, with good and bad files."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(lm_folder, "lm")
+    shutil.copytree(lm_folder, "cut")
+    Path("cut", "model.safetensors").write_bytes(Path("cut", "model.safetensors").read_bytes()[:999])
     lm, _ = load_lm("lm")
     save_generator("generator", generator_for(lm, chunk=64), lm, "lm", {})
     save_generator("foreign", generator_for(tiny_lm("llama")), tiny_lm("llama"), "another", {})
@@ -99,6 +101,8 @@ BAD = [
     (f"{ASK} --context text.txt", "required: --question"),
     ([*ASK.split(), "--context", "text.txt", "--question", "Who?", "--question", " "], "an empty question"),
     (f"{ASK} --question Who?", "required: --context"),
+    ([*ASK.split(), "--context", "text.txt", "--question", "why " * 5000], "the question has .* tokens, but at most .* fit"),
+    ("ask --lm cut --generator generator --json out/r.json --context text.txt --question Who?", "LM 'cut' asked.*check the name"),
     ("ask --lm no/such-lm --generator generator --json out/r.json --context text.txt --question Who?", "LM 'no/such-lm' asked.*check the name"),
     ("ask --lm folder --generator generator --json out/r.json --context text.txt --question Who?", "LM 'folder' asked.*check the name"),
     ("ask --lm lm --generator foreign --json out/r.json --context text.txt --question Who?", "foreign: made for another .*use --lm another"),
@@ -111,6 +115,7 @@ BAD = [
     (f"{TRAIN} --steps many", "--steps: invalid int value: 'many'"),
     (f"{TRAIN} --steps 2 --resume", "out/checkpoint does not exist; leave --resume out"),
     ("train tiny --lm no/such-lm --out out --steps 2", "LM 'no/such-lm' asked"),
+    (f"{TRAIN} --steps 2 --generator generator", "--generator generator asked, but recipe 'tiny' trains other layers or sizes"),
     (f"{TRAIN} --steps 2 --data nowhere.txt", "nowhere.txt: no such file"),
     ("train tiny --lm lm --steps 2", "required: --out"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --methods adapter,magic", "method 'magic' asked.*closed-book"),
@@ -118,7 +123,7 @@ BAD = [
     (f"evaluate documents {EVALUATE} --data nowhere.jsonl", "nowhere.jsonl: no such file"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --limit few", "--limit: invalid int value: 'few'"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --tokens 5000", "contexts of 5000 tokens asked, but all the documents have"),
-    (f"evaluate objectives {EVALUATE} --data dev.jsonl --questions 2", "--questions 2 asked of the suite 'objectives'"),
+    (f"evaluate objectives {EVALUATE} --data dev.jsonl --questions 2", "--questions asked of the suite 'objectives'"),
     (f"evaluate dialogues {EVALUATE} --data talk.jsonl --tokens 50", "--tokens 50 asked of the suite 'dialogues'"),
     (f"evaluate objectives {EVALUATE} --data empty.txt", "empty.txt: the file is empty"),
     (f"evaluate poems {EVALUATE} --data dev.jsonl", "'poems'.*documents"),
@@ -130,6 +135,9 @@ BAD = [
     ("train toy-lm --out out --steps 5 --resume", "out/lm_log.csv does not exist"),
     ("train toy-gist-4 --lm toy --out out --minutes 1", "toy-gist-4 is trained for a number of steps"),
     ("train toy-gist-4 --lm toy --out out --steps 2 --resume", "without --resume"),
+    ("train toy-gist-4 --lm toy --out out --steps 2 --data text.txt", "leave --generator and --data out"),
+    ("train toy-gist-4 --lm toy --out tasks --steps 2", "holds other files; name a new folder.*tasks"),
+    ("train toy-lm --out tasks --steps 2", "holds other files; name a new folder.*tasks"),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --methods gist", '"gist" asked without --gist DIR'),
     (f"evaluate documents {EVALUATE} --data dev.jsonl --methods gist --gist folder", "folder: no gist found there"),
     ("bench --lm lm --norms --training toy", "not allowed with"),
@@ -399,6 +407,14 @@ def test_a_run_is_not_resumed_as_another_size(minigen, monkeypatch):
     code, _, complaint = minigen(f"{TRAIN} --steps 4 --resume")
     assert code == 2 and "is of another generator" in complaint and complaint.count("\n") == complaint.endswith("\n")
     assert Path("out/generator", WEIGHTS).read_bytes() == weights
+
+
+def test_a_run_is_not_resumed_by_another_recipe(minigen, monkeypatch):
+    monkeypatch.setattr(training, "read_documents", lambda path: dev_documents())
+    monkeypatch.setitem(RECIPES, "other", RECIPES["tiny"])
+    assert minigen(f"{TRAIN} --steps 2")[0] == 0
+    code, _, complaint = minigen("train other --lm lm --out out --steps 4 --resume")
+    assert code == 2 and "out/checkpoint is of 'tiny'" in complaint and complaint.count("\n") == 1
 
 
 def test_words_that_the_toy_does_not_know_are_counted(minigen):

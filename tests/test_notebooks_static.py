@@ -6,6 +6,7 @@ Each check takes a notebook and returns the problems it found; the last test sho
 import ast
 import importlib
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -180,6 +181,12 @@ def test_notebook(path, check):
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_solution(path, check):
     assert check(nbformat.read(path, as_version=4)) == []
+
+
+@pytest.mark.parametrize("path, following", pairwise(NOTEBOOKS), ids=lambda path: path.stem)
+def test_notebook_leads_to_the_next(path, following):
+    written = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    assert re.findall(r"\*\*Next\*\*: (.*)", written) == [f"[notebook {following.name[:2]}]({following.name})."]
 
 
 def test_file_on_disk_is_small():

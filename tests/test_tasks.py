@@ -481,6 +481,11 @@ def test_paragraphs_of_wikitext(file):
     assert read_paragraphs(file(content), shortest=20) == ['It was 3.5 km long (or "so"), they said.']
 
 
+def test_paragraphs_of_wrapped_text(file):
+    content = "She said 'no' to the\nwhole plan, and left.\n\nAnother short\nparagraph of text.\n"
+    assert read_paragraphs(file(content), shortest=25) == ["She said 'no' to the whole plan, and left.", "Another short paragraph of text."]
+
+
 # --------------------------------------------------------------------------------------------------- metrics
 
 

@@ -380,6 +380,22 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(optimizer, lm_folder, tmp_p
     assert {path.name for path in broken.iterdir()} == {"checkpoint", "generator", "log.csv"}
 
 
+def test_a_run_resumed_with_no_more_than_was_spent_ends_with_its_scores(lm_folder, tmp_path, monkeypatch):
+    batch = Source.batch
+
+    def interrupted(self, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Source, "batch", interrupted)
+        train("tiny", tmp_path, str(lm_folder), steps=9, save_every=0)
+    scores = train("tiny", tmp_path, str(lm_folder), steps=2, resume=True)
+    card = json.loads((tmp_path / "generator" / "generator.json").read_text())
+    assert scores == card["provenance"]["validation"] and card["provenance"]["steps"] == 3
+
+
 LAUNCHED = """
 import sys
 from minigen import training
