@@ -355,21 +355,26 @@ def test_training_lowers_the_loss_and_leaves_a_log_and_a_generator(lm_folder, tm
     assert (card["provenance"]["recipe"], card["provenance"]["steps"], card["provenance"]["contexts"]) == ("tiny", 30, 120)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_ends_as_the_uninterrupted_one(optimizer, lm_folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], optimizer=optimizer))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train("tiny", whole, str(lm_folder), steps=12)
+def train_until(at: int, out, lm_folder, monkeypatch) -> None:
+    """Twelve steps of the tiny recipe, broken off where the documents of step `at` are drawn."""
     batch = Source.batch
 
     def interrupted(self, step):
-        if step == 7:
+        if step == at:
             raise KeyboardInterrupt
         return batch(self, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Source, "batch", interrupted)
-        train("tiny", broken, str(lm_folder), steps=12, save_every=0)
+        train("tiny", out, str(lm_folder), steps=12, save_every=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(optimizer, lm_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], optimizer=optimizer))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train("tiny", whole, str(lm_folder), steps=12)
+    train_until(7, broken, lm_folder, monkeypatch)
     assert not (broken / "generator").exists()
     train("tiny", broken, str(lm_folder), steps=12, resume=True)
 
@@ -381,16 +386,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(optimizer, lm_folder, tmp_p
 
 
 def test_a_run_resumed_with_no_more_than_was_spent_ends_with_its_scores(lm_folder, tmp_path, monkeypatch):
-    batch = Source.batch
-
-    def interrupted(self, step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return batch(self, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Source, "batch", interrupted)
-        train("tiny", tmp_path, str(lm_folder), steps=9, save_every=0)
+    train_until(3, tmp_path, lm_folder, monkeypatch)
     scores = train("tiny", tmp_path, str(lm_folder), steps=2, resume=True)
     card = json.loads((tmp_path / "generator" / "generator.json").read_text())
     assert scores == card["provenance"]["validation"] and card["provenance"]["steps"] == 3
