@@ -83,10 +83,11 @@ def run_ask(asked: argparse.Namespace) -> None:
 
 def run_train(asked: argparse.Namespace) -> None:
     """Train a generator, or (toy-lm) the toy language model itself."""
-    if (asked.recipe == "toy-lm" or asked.recipe in GISTS) and PartialState().num_processes > 1:
-        raise BadData(f"{asked.recipe} is trained by one process; start it without accelerate launch")
-    if (asked.recipe == "toy-lm" or asked.recipe in GISTS) and (asked.generator or asked.data):
-        raise BadData(f"{asked.recipe} begins with no generator and chooses its own texts; leave --generator and --data out")
+    if asked.recipe in ("toy-lm", *GISTS):
+        if PartialState().num_processes > 1:
+            raise BadData(f"{asked.recipe} is trained by one process; start it without accelerate launch")
+        if asked.generator or asked.data:
+            raise BadData(f"{asked.recipe} begins with no generator and chooses its own texts; leave --generator and --data out")
     if asked.recipe == "toy-lm":
         if not asked.steps:
             raise BadData("toy-lm is trained for a number of steps, so that everybody gets the same weights; say --steps 4000")

@@ -297,8 +297,9 @@ def check_room(reader: Reader, question: str) -> None:
 
 def _evaluate(reader: Reader, documents: Sequence[Document], methods: Sequence[str], controls: bool, ask: Callable, scored: Callable) -> dict:
     examples, results, control_scores = [], {}, {}
-    for question in (question for document in documents for question in document.questions):
-        check_room(reader, question.text)
+    for document in documents:
+        for question in document.questions:
+            check_room(reader, question.text)
     for name in methods:
         began = time.perf_counter()
         said = [ask(name, d.text, d) for d in tqdm(documents, desc=name, unit="document", disable=None)]
