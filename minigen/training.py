@@ -514,6 +514,7 @@ def train(
     from, in place of a start by regression, with the documents that come after its own.
     """
     recipe, out = RECIPES[recipe_name], Path(out)
+    refuse_foreign(out / "generator", CARD)
     accelerator = Accelerator()
     set_seed(recipe.seed)
     lm, tokenizer = load_lm(lm_name, getattr(torch, recipe.precision))
