@@ -100,8 +100,6 @@ def run_train(asked: argparse.Namespace) -> None:
             raise BadData(f"{asked.recipe} is trained for a number of steps at once; say --steps 1100, without --resume")
         out.print(train_gist(asked.recipe, asked.out, asked.lm, asked.steps))
         return
-    if asked.data and "text" not in RECIPES[asked.recipe].mixture:
-        out.print(f"recipe {asked.recipe!r} reads no raw text, so --data is left aside; pretrain reads it")
     if asked.resume and not (asked.out / "checkpoint").is_dir():
         raise BadData(f"--resume asked, but {asked.out}/checkpoint does not exist; leave --resume out, or name the folder of an earlier run")
     out.print(train(asked.recipe, asked.out, asked.lm, asked.minutes, asked.steps, asked.data, asked.resume, asked.generator))
@@ -112,13 +110,13 @@ SUITES = {"documents": read_documents, "demonstrations": read_demonstrations, "d
 
 def run_evaluate(asked: argparse.Namespace) -> None:
     """Score the methods on documents or dialogues with questions or on tasks shown by examples, or the perplexity of raw text."""
-    methods = asked.methods.split(",")
+    methods = (asked.methods or ",".join(METHODS)).split(",")
     unknown = [name for name in methods if name not in METHODS | BASELINES]
     if unknown:
         raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS | BASELINES)} are known; choose from these")
     if asked.tokens is not None and asked.suite != "documents":
         raise BadData(f"--tokens {asked.tokens} asked of the suite {asked.suite!r}, but only documents are joined; leave it out")
-    of_questions = {"--questions": asked.questions, "--wording": asked.wording, "--gist": asked.gist}
+    of_questions = {"--methods": asked.methods, "--questions": asked.questions, "--wording": asked.wording, "--gist": asked.gist}
     if asked.suite not in SUITES and any(of_questions.values()):
         option = next(name for name, given in of_questions.items() if given)
         raise BadData(f"{option} asked of the suite {asked.suite!r}, which puts no questions; leave it out")
@@ -184,6 +182,8 @@ def run_bench(asked: argparse.Namespace) -> None:
     if asked.norms:
         rows = bench_norms(reader(asked), "\n\n".join(d.text for d in read_documents(DATA / "documents" / "dev.jsonl")))
     elif asked.training:
+        if asked.generator:
+            raise BadData(f"--generator {asked.generator} asked, but --training times a recipe's own generator; leave one of the two out")
         rows = bench_training(asked.lm, RECIPES[asked.training])
     else:
         rows = bench(reader(asked))
@@ -255,13 +255,13 @@ def parser() -> Parser:
     budget = sub.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=above_zero(float), help="train for so long")
     budget.add_argument("--steps", type=above_zero(int), help="train for so many steps")
-    sub.add_argument("--data", action="append", default=[], help="raw text, for recipes that read it; may be given several times")
+    sub.add_argument("--data", action="append", default=[], help="documents, dialogues or tasks (as for evaluate), or raw text; several times")
     sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint; toy-lm: train the LM in OUT for so many steps more")
 
     sub = verb("evaluate", run_evaluate)
     sub.add_argument("suite", choices=[*SUITES, "objectives"])
     sub.add_argument("--data", type=Path, required=True, help="SQuAD JSON or JSON lines; a MetaICL folder; for objectives also plain text")
-    sub.add_argument("--methods", default=",".join(METHODS), help=f"comma-separated; besides these: {', '.join(BASELINES)}")
+    sub.add_argument("--methods", help=f"comma-separated, by default {','.join(METHODS)}; besides these: {', '.join(BASELINES)}")
     sub.add_argument("--wording", choices=WORDINGS, default=Reader.wording, help="how prompting puts the text and the question")
     sub.add_argument("--gist", type=Path, help="a folder of trained gist tokens, for the method gist")
     sub.add_argument("--tokens", type=above_zero(int), help="join neighbouring documents to contexts of about so many tokens")

@@ -233,7 +233,7 @@ def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]
     The optimiser's step, which is the same everywhere, is left out.
     """
     lm, tokenizer = load_lm(lm_name, getattr(torch, recipe.precision))
-    generator, source, pad = AdapterGenerator.for_lm(lm, recipe.config), Source(recipe, []), tokenizer.pad_token_id
+    generator, source, pad = AdapterGenerator.for_lm(lm, recipe.config), Source(recipe), tokenizer.pad_token_id
     every_block = adapted_layers(lm, replace(recipe.config, blocks=None))
 
     def contexts(step: int, without: str | None) -> list[Document]:

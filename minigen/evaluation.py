@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
@@ -368,7 +368,8 @@ def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
     tuned_floats = TUNED_RANK * widths
     kept = {"prompting": kv * seen, "retrieval": context, "continual pretraining": tuned_floats, "few-shot tuning": tuned_floats}
     if reader.gist:
-        kept["gist"] = kv * (count_tokens(reader.gist) or context)
+        count = count_tokens(reader.gist)
+        shown["gist"], kept["gist"] = (0.0, kv * count) if count else (seen, kv * seen)
     kept |= dict.fromkeys(("adapter", "sequential adapter"), rank * widths)
     tokens = asked + shown.get(method, 0)
     return {"tflops": round(forward_flops(reader.lm, tokens) / 1e12, 5), "storage_floats": round(kept.get(method, 0))}
@@ -376,10 +377,8 @@ def cost(reader: Reader, method: str, documents: Sequence[Document]) -> dict:
 
 def forward_flops(lm: PreTrainedModel, tokens: float) -> float:
     """Floating-point operations of one pass over n tokens, two a multiply-add.   2 n (weights of the matrices) + 4 n^2 h layers / 2"""
-    matrices = sum(p.numel() for p in lm.parameters() if p.ndim == 2)
-    embeddings = lm.get_input_embeddings().weight.numel()
-    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    weights = matrices - (0 if tied else embeddings)
+    tables = {module.weight for module in lm.modules() if isinstance(module, nn.Embedding)} - {lm.get_output_embeddings().weight}
+    weights = sum(p.numel() for p in {*lm.parameters()} - tables if p.ndim == 2)
     return 2 * tokens * weights + 2 * tokens**2 * lm.config.hidden_size * lm.config.num_hidden_layers
 
 

@@ -109,7 +109,7 @@ def train_gist(name: str, out: str | Path, lm_name: str, steps: int) -> dict[str
     begin = lm.get_input_embeddings().weight[torch.randint(len(tokenizer), (count,))].float()
     peft = get_peft_model(lm, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", fan_in_fan_out=lm.config.model_type == "gpt2"))
     gist = Gist(peft, tokenizer, begin)
-    source, log = Source(recipe, []), []
+    source, log = Source(recipe), []
     optimizer = torch.optim.AdamW([p for p in gist.parameters() if p.requires_grad], recipe.learning_rate, recipe.betas, weight_decay=recipe.weight_decay)
     gist, optimizer = accelerator.prepare(gist, optimizer)
     for step in (bar := tqdm(range(steps), desc=name, unit="step")):

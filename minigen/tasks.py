@@ -184,11 +184,20 @@ def lesson(rng: random.Random) -> Document:
         kinds = rng.sample(list(task["kinds"]), rng.randint(2, len(task["kinds"])))
         options = tuple(kinds) if rng.random() < 0.5 else tuple(invented_word(rng).lower() for _ in kinds)
         examples = [(thing, label) for kind, label in zip(kinds, options, strict=True) for thing in task["kinds"][kind]]
+    return shown_by_examples([Question(given, (wanted,), options) for given, wanted in examples], rng)
+
+
+def shown_by_examples(examples: Sequence[Question], rng: random.Random) -> Document:
+    """A task shown by 4 to 8 of its examples, and up to ten others as questions; of a task with options only such as were shown."""
     examples, count = rng.sample(examples, len(examples)), rng.randint(4, 8)
-    text = "\n\n".join(f"{question_prompt(given)} {wanted}" for given, wanted in examples[:count])
-    known = {wanted for _, wanted in examples[:count]}
-    asked = [(given, wanted) for given, wanted in examples[count:] if wanted in known or not options]
-    return Document(text, tuple(Question(given, (wanted,), options) for given, wanted in asked[:10]))
+    known = {example.answers[0] for example in examples[:count]}
+    asked = [example for example in examples[count:] if example.answers[0] in known or not example.options]
+    return Document(demonstrated(examples[:count]), tuple(asked[:10]))
+
+
+def demonstrated(examples: Sequence[Question]) -> str:
+    """Examples as a context: each put as a question is, with its answer."""
+    return "\n\n".join(f"{question_prompt(example.text)} {example.answers[0]}" for example in examples)
 
 
 @cache
@@ -385,25 +394,50 @@ def read_demonstrations(folder: str | Path) -> list[Document]:
         raise BadData(f"{folder}: no demonstrations in it; expected TASK/TASK_K_SEED_train.jsonl and TASK/TASK_K_SEED_test.jsonl")
     documents = []
     for path in shown:
-        demonstrations = _examples(path)
-        text = "\n\n".join(f"{question_prompt(example.text)} {example.answers[0]}" for example in demonstrations)
-        asked = _examples(path.with_name(path.name.replace("_train.jsonl", "_test.jsonl")))
-        documents.append(Document(text, tuple(asked), path.parent.name))
+        task, test = path.parent.name, path.with_name(path.name.replace("_train.jsonl", "_test.jsonl"))
+        documents.append(Document(demonstrated(_examples_of(task, path)), tuple(_examples_of(task, test)), task))
     return documents
 
 
-def _examples(path: Path) -> list[Question]:
+def _examples_of(task: str, path: Path) -> list[Question]:
     examples = []
     for where, record in _json_lines(path, read_text(path)):
-        if (task := _need(where, record, "task", str)) != path.parent.name:
-            raise BadData(f"{where}: task {task!r} in the folder of {path.parent.name!r}; keep the examples of each task in a folder of its name")
-        output, options = _need(where, record, "output", str), record.get("options", [])
-        if not isinstance(options, list) or not all(isinstance(option, str) and option for option in options):
-            raise BadData(f"{where}: 'options' must be a list of strings that are not empty, found {options!r}")
-        if options and output not in options:
-            raise BadData(f"{where}: 'output' {output!r} is none of the 'options' {options}")
-        examples.append(Question(_need(where, record, "input", str), (output,), tuple(options)))
+        if (other := _need(where, record, "task", str)) != task:
+            raise BadData(f"{where}: task {other!r} in the folder of {task!r}; keep the examples of each task in a folder of its name")
+        examples.append(_example(where, record))
     return examples
+
+
+def _example(where: str, record: dict) -> Question:
+    output, options = _need(where, record, "output", str), record.get("options", [])
+    if not isinstance(options, list) or not all(isinstance(option, str) and option for option in options):
+        raise BadData(f"{where}: 'options' must be a list of strings that are not empty, found {options!r}")
+    if options and output not in options:
+        raise BadData(f"{where}: 'output' {output!r} is none of the 'options' {options}")
+    return Question(_need(where, record, "input", str), (output,), tuple(options))
+
+
+def read_examples(path: str | Path, fewest: int = 12) -> list[list[Question]]:
+    """The examples of every task in a file, JSON lines {"task", "input", "output", "options"} of one task or of several, at least `fewest` of each."""
+    by_task: dict[str, list[Question]] = {}
+    for where, record in _json_lines(path, read_text(path)):
+        by_task.setdefault(_need(where, record, "task", str), []).append(_example(where, record))
+    for task, examples in by_task.items():
+        if len(examples) < fewest:
+            raise BadData(f"{path}: {len(examples)} examples of the task {task!r}, {fewest} are needed to show some and to ask others; give more")
+    return [*by_task.values()]
+
+
+def read_training(path: str | Path) -> tuple[str, list]:
+    """What a file offers to train on: the name of the source that it belongs to, and its documents, tasks, dialogues or paragraphs."""
+    if Path(path).suffix not in (".json", ".jsonl"):
+        return "text", read_paragraphs(path)
+    first_line = read_text(path).lstrip().partition("\n")[0]
+    if re.search(r'(?<!\\)"task"\s*:', first_line):
+        return "tasks", read_examples(path)
+    if re.search(r'(?<!\\)"sessions"\s*:', first_line):
+        return "dialogues", read_dialogues(path)
+    return "prose", read_documents(path)
 
 
 def read_paragraphs(path: str | Path, shortest: int = 200) -> list[str]:

@@ -36,8 +36,9 @@ from .tasks import (
     package_text,
     question_prompt,
     read_documents,
-    read_paragraphs,
     read_prose,
+    read_training,
+    shown_by_examples,
     together,
     toy_document,
     toy_vocabulary,
@@ -281,7 +282,7 @@ RECALL = {"answers": 1.0, "reconstruction": 0.2}
 FACTS = Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=2.5e-4)
 RECIPES = {
     "facts": FACTS,
-    "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4),
+    "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4, optimizer="muon", learning_rate=2.5e-4),
     "instruct": replace(FACTS, mixture=INSTRUCTED),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
@@ -305,31 +306,47 @@ FILES = {
     "dialogues": ["data/talk.jsonl"],
     "tasks": ["data/lessons.jsonl"],
     "toy world": ["data/toy_world.json"],
+    "text": ["pydoc_data.topics"],
 }
 POOL = 4
 
 
 class Source:
-    """Draws training documents: step s of a seed gives the same ones whenever and wherever it runs."""
+    """Draws training documents: step s of a seed gives the same ones whenever and wherever it runs.
 
-    def __init__(self, recipe: Recipe, files: list[str]):
-        self.recipe = recipe
+    files: of the reader's own, by what is in them for prose, dialogues, tasks or text. They are half of what is drawn of that source
+    (of raw text, all); the rest is the project's.
+    """
+
+    def __init__(self, recipe: Recipe, files: Iterable[str | Path] = ()):
+        self.recipe, self.names, self.given = recipe, {kind: [*FILES[kind]] for kind in recipe.mixture}, {}
         self.prose = read_prose(sorted((DATA / "prose").glob("*.jsonl")))
-        self.text = [paragraph for file in files for paragraph in read_paragraphs(file)]
-        if "text" in recipe.mixture and not files:
-            self.text = package_text()
-        self.raw = [Path(file).name for file in files] or ["pydoc_data.topics"]
+        for file in files:
+            kind, found = read_training(file)
+            if kind not in recipe.mixture:
+                raise BadData(f"{file} holds {kind}, but the recipe draws {', '.join(recipe.mixture)} only; leave it out, or choose a recipe with {kind}")
+            self.given.setdefault(kind, []).extend(found)
+            self.names[kind].append(Path(file).name)
+        if "text" in self.given:
+            self.names["text"].remove(*FILES["text"])
+        elif "text" in recipe.mixture:
+            self.given["text"] = package_text()
 
     def document(self, rng: random.Random, whole: bool = False) -> Document:
         kind = rng.choices(list(self.recipe.mixture), list(self.recipe.mixture.values()))[0]
+        if kind != "text" and kind in self.given and rng.random() < 0.5:
+            drawn = rng.choice(self.given[kind])
+            if kind == "tasks":
+                return shown_by_examples(drawn, rng)
+            return excerpt(drawn, rng, self.recipe.sentences) if kind == "prose" and not whole else drawn
         if kind == "prose":
             document = varied_prose(rng.choice(self.prose), rng)
             return document if whole else excerpt(document, rng, self.recipe.sentences)
         if kind == "toy world":
             return toy_document(rng, self.recipe.facts)
         if kind == "text":
-            start = rng.randrange(len(self.text))
-            text = " ".join(self.text[start : start + rng.randint(*self.recipe.paragraphs)])
+            start = rng.randrange(len(self.given["text"]))
+            text = " ".join(self.given["text"][start : start + rng.randint(*self.recipe.paragraphs)])
             return Document(text, tuple(cloze(text, rng) for _ in range(4)))
         if kind == "dialogues":
             return world_dialogue(rng, self.recipe.facts)
@@ -519,7 +536,7 @@ def train(
     set_seed(recipe.seed)
     lm, tokenizer = load_lm(lm_name, getattr(torch, recipe.precision))
     lm.to(accelerator.device)
-    source = Source(recipe, files or [])
+    source = Source(recipe, files or ())
     held_out = source.held_out()
     try:
         generator = AdapterGenerator.for_lm(lm, recipe.config)
@@ -602,12 +619,13 @@ def train(
         last |= validation()
     checkpoint()
     if accelerator.is_main_process:
+        write_log(out / "log.csv", progress.history)
         provenance = {
             "recipe": recipe_name,
             "begin": progress.begin,
             "first": progress.first,
             "settings": asdict(recipe),
-            "data": [*dict.fromkeys(name for kind in recipe.mixture for name in (source.raw if kind == "text" else FILES.get(kind, ())))],
+            "data": [*dict.fromkeys(name for names in source.names.values() for name in names)],
             "steps": progress.step,
             "contexts": progress.contexts,
             "minutes": round(progress.seconds / 60, 1),

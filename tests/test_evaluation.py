@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BatchEncoding, MistralConfig
 
 from minigen import evaluation
-from minigen.evaluation import BASELINES, CONTROLS, METHODS, Reader, accuracy, cost, memory, saved_for_backward, score
+from minigen.evaluation import BASELINES, CONTROLS, METHODS, Reader, accuracy, cost, forward_flops, memory, saved_for_backward, score
 from minigen.generator import GeneratorConfig
 from minigen.models import answer, load_lm, read_beginning
 from minigen.tasks import BadData, Document, Question, question_prompt
@@ -135,6 +136,16 @@ def test_costs_of_every_method(small):
     assert costs["closed-book"]["storage_floats"] == 0 < costs["retrieval"]["storage_floats"] < costs["prompting"]["storage_floats"]
     assert costs["adapter"] == costs["sequential adapter"] and costs["adapter"]["tflops"] == costs["closed-book"]["tflops"]
     assert costs["closed-book"]["tflops"] <= costs["retrieval"]["tflops"] <= costs["prompting"]["tflops"]
+
+
+@pytest.mark.parametrize("count", [7, 120])
+def test_a_pass_has_as_many_operations_as_torch_counts(count):
+    lm, _ = load_lm("toy")
+    lm.set_attn_implementation("eager")  # its products are counted one by one, and those of later tokens too, which are masked
+    with FlopCounterMode(display=False) as counter:
+        lm(torch.arange(count)[None])
+    masked = 2 * count**2 * lm.config.hidden_size * lm.config.num_hidden_layers
+    assert counter.get_total_flops() == forward_flops(lm, count) + masked
 
 
 def test_the_authors_score_counts_the_shortest_answer_alone():

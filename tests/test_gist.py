@@ -1,5 +1,7 @@
 """minigen.gist: a question sees of a text what it should, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,9 +11,10 @@ from transformers import DynamicCache
 from minigen import training
 from minigen.evaluation import BASELINES, Reader, cost
 from minigen.formats import BadGenerator
-from minigen.gist import Gist, load_gist, train_gist
+from minigen.gist import GISTS, Gist, load_gist, train_gist
 from minigen.models import load_lm
 from minigen.tasks import BadData, Document, Question
+from minigen.training import RECIPES
 
 TEXT, ASKED = [5, 9, 2, 7, 7, 3], [[4, 8, 1], [6, 2, 2, 3]]
 
@@ -55,7 +58,7 @@ def test_a_row_does_not_depend_on_its_longer_neighbour(llama, count):
         assert_close(hidden, alone)
 
 
-def test_what_was_trained_is_loaded_and_asked(tmp_path):
+def test_what_was_trained_is_loaded_and_asked(tmp_path, monkeypatch):
     rows = [train_gist("toy-gist-4", tmp_path / name, "toy", 2) for name in ("one", "two")]
     assert rows[0] == rows[1] and rows[0]["contexts"] == 64
     lm, tokenizer = load_lm("toy")
@@ -64,7 +67,13 @@ def test_what_was_trained_is_loaded_and_asked(tmp_path):
     before = lm(prompt).logits
     assert len(BASELINES["gist"](reader, "Ada is a vet .", ["who ?", "what ?"])) == 2
     assert_close(lm(prompt).logits, before, rtol=0, atol=0)
-    assert cost(reader, "gist", [Document("Ada is a vet .", (Question("What is Ada ?", ("vet",)),))])["storage_floats"] == 4 * 2 * 4 * 144
+    documents = [Document("Ada is a vet .", (Question("What is Ada ?", ("vet",)),))]
+    compressed = cost(reader, "gist", documents)
+    assert compressed == {"storage_floats": 4 * 2 * 4 * 144, "tflops": cost(reader, "closed-book", documents)["tflops"]}
+    monkeypatch.setitem(GISTS, "no gist", (RECIPES["toy"], 0))
+    train_gist("no gist", tmp_path / "none", "toy", 1)
+    prompted = replace(reader, gist=tmp_path / "none")
+    assert cost(prompted, "gist", documents) == cost(reader, "prompting", documents)
 
 
 def test_what_a_gist_cannot_do_is_said(tmp_path, lm_folder):

@@ -25,8 +25,9 @@ from minigen.evaluation import WORDINGS, saved_for_backward
 from minigen.formats import load_generator
 from minigen.generator import AdapterGenerator, GeneratorConfig
 from minigen.models import load_lm
-from minigen.tasks import DATA, Document, Question, read_documents, world_document
+from minigen.tasks import DATA, BadData, Document, Question, read_documents, world_document
 from minigen.training import (
+    FILES,
     RECIPES,
     Recipe,
     Source,
@@ -269,7 +270,7 @@ def test_a_batch_without_questions_has_a_finite_loss(lm_and_tokenizer, generator
 
 @pytest.mark.parametrize("mixture", [{"prose": 0.6, "world": 0.4}, {"closed world": 1.0}, {"dialogues": 0.5, "tasks": 0.5}, {"toy world": 1.0}, {"text": 1.0}])
 def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
-    recipe, files = Recipe(TINY, mixture, {"answers": 1.0}), [str(DATA / "documents" / "lighthouse.txt")]
+    recipe, files = Recipe(TINY, mixture, {"answers": 1.0}), [DATA / "documents" / "lighthouse.txt"] if "text" in mixture else []
     one, other = Source(recipe, files), Source(recipe, files)
     one.batch(3)
     for step in (7, 2):
@@ -295,14 +296,44 @@ def test_a_context_joins_documents_and_asks_about_each():
 def test_raw_text_that_nobody_named_is_pythons_manual(tmp_path):
     recipe = Recipe(TINY, {"text": 1.0}, {"reconstruction": 1.0}, paragraphs=(2, 3))
     source = Source(recipe, [])
-    assert source.raw == ["pydoc_data.topics"] and len(source.text) > 400
-    assert all(len(part) >= 200 and "\n" not in part for part in source.text)
+    assert source.names == {"text": ["pydoc_data.topics"]} and len(source.given["text"]) > 400
+    assert all(len(part) >= 200 and "\n" not in part for part in source.given["text"])
     text = "\n\n".join(f"Paragraph {n} tells of {n} ships. " + "They all sailed to Brackwell in the spring. " * 5 for n in range(9))
     (tmp_path / "mine.txt").write_text(text)
     mine = Source(recipe, [str(tmp_path / "mine.txt")])
     document = mine.document(random.Random(0))
-    assert mine.raw == ["mine.txt"] and 2 <= document.text.count("Paragraph") <= 3
+    assert mine.names == {"text": ["mine.txt"]} and 2 <= document.text.count("Paragraph") <= 3
     assert len(document.questions) == 4 and all(q.answers[0] in document.text for q in document.questions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("prose", {"context": "Mine says Zorvane. Nothing else.", "qas": [{"question": "What does mine say?", "answers": ["Zorvane"]}]}),
+        ("dialogues", {"sessions": [[{"speaker": "Mine", "text": "Zorvane."}]], "question": "What was said?", "answers": ["Zorvane"]}),
+        ("tasks", {"task": "echo", "input": "Zorvane", "output": "Mine"}),
+    ],
+)
+def test_files_of_ones_own_are_half_of_what_is_drawn_of_their_source(tmp_path, kind, record):
+    (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(record)] * 12))
+    recipe = replace(RECIPES["instruct"], mixture={kind: 0.5, "world": 0.5})
+    source = Source(recipe, [tmp_path / "mine.jsonl"])
+    assert source.names == {kind: [*FILES[kind], "mine.jsonl"], "world": FILES["world"]}
+    drawn = [source.document(random.Random(seed)) for seed in range(400)]
+    mine = [document for document in drawn if "Zorvane" in document.text]
+    assert 70 < len(mine) < 130
+    assert all("Mine" in document.text and document.questions for document in mine)
+
+
+def test_a_file_that_the_recipe_does_not_draw_from_is_refused(tmp_path):
+    with pytest.raises(BadData, match=r"holds text, but the recipe draws .* only"):
+        Source(RECIPES["facts"], [DATA / "documents" / "lighthouse.txt"])
+    (tmp_path / "few.jsonl").write_text(json.dumps({"task": "echo", "input": "a", "output": "b"}))
+    with pytest.raises(BadData, match="1 examples of the task 'echo', 12 are needed"):
+        Source(RECIPES["instruct"], [tmp_path / "few.jsonl"])
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"task": "echo", "input": "a"}))
+    with pytest.raises(BadData, match=r"odd\.jsonl, line 1: it needs a str 'output'"):
+        Source(RECIPES["instruct"], [tmp_path / "odd.jsonl"])
 
 
 def test_the_rate_warms_up_stays_and_falls():
@@ -389,7 +420,9 @@ def test_a_run_resumed_with_no_more_than_was_spent_ends_with_its_scores(lm_folde
     train_until(3, tmp_path, lm_folder, monkeypatch)
     scores = train("tiny", tmp_path, str(lm_folder), steps=2, resume=True)
     card = json.loads((tmp_path / "generator" / "generator.json").read_text())
-    assert scores == card["provenance"]["validation"] and card["provenance"]["steps"] == 3
+    last = [*csv.DictReader((tmp_path / "log.csv").open())][-1]
+    assert scores == card["provenance"]["validation"] == {name: float(last[name]) for name in scores}
+    assert card["provenance"]["steps"] == int(last["step"]) == 3
 
 
 LAUNCHED = """
