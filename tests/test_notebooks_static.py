@@ -183,7 +183,7 @@ def test_solution(path, check):
     assert check(nbformat.read(path, as_version=4)) == []
 
 
-@pytest.mark.parametrize("path, following", pairwise(NOTEBOOKS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path, following", list(pairwise(NOTEBOOKS)), ids=lambda path: path.stem)
 def test_notebook_leads_to_the_next(path, following):
     written = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
     assert re.findall(r"\*\*Next\*\*: (.*)", written) == [f"[notebook {following.name[:2]}]({following.name})."]
