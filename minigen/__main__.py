@@ -110,7 +110,7 @@ SUITES = {"documents": read_documents, "demonstrations": read_demonstrations, "d
 
 def run_evaluate(asked: argparse.Namespace) -> None:
     """Score the methods on documents or dialogues with questions or on tasks shown by examples, or the perplexity of raw text."""
-    methods = (asked.methods or ",".join(METHODS)).split(",")
+    methods = [*METHODS] if asked.methods is None else asked.methods.split(",")
     unknown = [name for name in methods if name not in METHODS | BASELINES]
     if unknown:
         raise BadData(f"method {unknown[0]!r} asked, but only {sorted(METHODS | BASELINES)} are known; choose from these")
@@ -255,7 +255,7 @@ def parser() -> Parser:
     budget = sub.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=above_zero(float), help="train for so long")
     budget.add_argument("--steps", type=above_zero(int), help="train for so many steps")
-    sub.add_argument("--data", action="append", default=[], help="documents, dialogues or tasks (as for evaluate), or raw text; several times")
+    sub.add_argument("--data", action="append", default=[], help="documents, dialogues, tasks or raw text, a file each; may be given several times")
     sub.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint; toy-lm: train the LM in OUT for so many steps more")
 
     sub = verb("evaluate", run_evaluate)

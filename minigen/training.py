@@ -306,7 +306,6 @@ FILES = {
     "dialogues": ["data/talk.jsonl"],
     "tasks": ["data/lessons.jsonl"],
     "toy world": ["data/toy_world.json"],
-    "text": ["pydoc_data.topics"],
 }
 POOL = 4
 
@@ -319,7 +318,7 @@ class Source:
     """
 
     def __init__(self, recipe: Recipe, files: Iterable[str | Path] = ()):
-        self.recipe, self.names, self.given = recipe, {kind: [*FILES[kind]] for kind in recipe.mixture}, {}
+        self.recipe, self.names, self.given = recipe, {kind: [*FILES.get(kind, ())] for kind in recipe.mixture}, {}
         self.prose = read_prose(sorted((DATA / "prose").glob("*.jsonl")))
         for file in files:
             kind, found = read_training(file)
@@ -327,31 +326,25 @@ class Source:
                 raise BadData(f"{file} holds {kind}, but the recipe draws {', '.join(recipe.mixture)} only; leave it out, or choose a recipe with {kind}")
             self.given.setdefault(kind, []).extend(found)
             self.names[kind].append(Path(file).name)
-        if "text" in self.given:
-            self.names["text"].remove(*FILES["text"])
-        elif "text" in recipe.mixture:
-            self.given["text"] = package_text()
+        if "text" in recipe.mixture and "text" not in self.given:
+            self.given["text"], self.names["text"] = package_text(), ["pydoc_data.topics"]
 
     def document(self, rng: random.Random, whole: bool = False) -> Document:
         kind = rng.choices(list(self.recipe.mixture), list(self.recipe.mixture.values()))[0]
-        if kind != "text" and kind in self.given and rng.random() < 0.5:
-            drawn = rng.choice(self.given[kind])
-            if kind == "tasks":
-                return shown_by_examples(drawn, rng)
-            return excerpt(drawn, rng, self.recipe.sentences) if kind == "prose" and not whole else drawn
-        if kind == "prose":
-            document = varied_prose(rng.choice(self.prose), rng)
-            return document if whole else excerpt(document, rng, self.recipe.sentences)
-        if kind == "toy world":
-            return toy_document(rng, self.recipe.facts)
         if kind == "text":
             start = rng.randrange(len(self.given["text"]))
             text = " ".join(self.given["text"][start : start + rng.randint(*self.recipe.paragraphs)])
             return Document(text, tuple(cloze(text, rng) for _ in range(4)))
+        own = rng.choice(self.given[kind]) if kind in self.given and rng.random() < 0.5 else None
+        if kind == "prose":
+            document = own or varied_prose(rng.choice(self.prose), rng)
+            return document if whole else excerpt(document, rng, self.recipe.sentences)
+        if kind == "toy world":
+            return toy_document(rng, self.recipe.facts)
         if kind == "dialogues":
-            return world_dialogue(rng, self.recipe.facts)
+            return own or world_dialogue(rng, self.recipe.facts)
         if kind == "tasks":
-            return rng.choice((world_task, lesson, lesson))(rng)
+            return shown_by_examples(own, rng) if own else rng.choice((world_task, lesson, lesson))(rng)
         return world_document(rng, self.recipe.facts, "open" if kind == "world" else "closed", rivals=kind == "rivals")
 
     def context(self, rng: random.Random) -> Document:
@@ -617,9 +610,10 @@ def train(
     last = progress.history[-1]
     if "dev own" not in last:  # resumed with no more than was spent
         last |= validation()
+        if accelerator.is_main_process:
+            write_log(out / "log.csv", progress.history)
     checkpoint()
     if accelerator.is_main_process:
-        write_log(out / "log.csv", progress.history)
         provenance = {
             "recipe": recipe_name,
             "begin": progress.begin,
