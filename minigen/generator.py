@@ -26,6 +26,7 @@ NULL_DIRECTION = 1e-5  # a singular value below this share of the largest is rou
 DAMPING = 1e-3  # of the gradient, where two singular values (relative to the largest) nearly coincide
 ValueSide = Float[Tensor, "p h"] | Float[Tensor, "p 2*h"]  # A2, for a value of the hidden state, and of the token's embedding too
 KeySide = Float[Tensor, "h q"] | Float[Tensor, "2*h q"]  # B1, for a key of the hidden state, and of the one before it too
+Gate = Float[Tensor, " 2*h"] | None  # w, for how much of its value a token writes; without it, all
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class GeneratorConfig:
     blocks: indices of the transformer blocks to adapt, or None for all of them.
     p, q: value and key side of the state (paper: d_r = 1024 both).  rank: directions kept (128).  alpha: s = alpha / p (64).
     previous / embedding: whether a key also sees the token before its own, and a value its token's embedding (paper: neither).
-    norm: a name in NORMS.  encode: "parallel" or "sequential", how later chunks of a context are read.
-    chunk: longest stretch of tokens read in one pass (1024).
+    gate: whether tokens write more or less of themselves, by what they are (paper: all the same).
+    norm: a name in NORMS.  chunk: longest stretch of tokens read in one pass (1024).  encode: how later ones are, "parallel" or "sequential".
     """
 
     targets: tuple[str, ...] = ("self_attn.o_proj", "attn.c_proj")
@@ -48,6 +49,7 @@ class GeneratorConfig:
     alpha: float = 128.0
     previous: bool = False
     embedding: bool = False
+    gate: bool = False
     norm: str = "svd"
     encode: str = "parallel"
     chunk: int = 1024
@@ -84,21 +86,23 @@ def token_keys(H: Float[Tensor, "b n h"], B1: KeySide) -> Float[Tensor, "b n q"]
     return einsum(seen, B1, "b n k, k q -> b n q")
 
 
-def token_values(H: Float[Tensor, "b n h"], A2: ValueSide, E: Float[Tensor, "b n h"] | None = None) -> Float[Tensor, "b n p"]:
-    """What every token says when it is found.   A2 h_n, or with an A2 of twice the width   A2 [h_n, e_n], e_n the token's embedding
+def token_values(H: Float[Tensor, "b n h"], A2: ValueSide, E: Float[Tensor, "b n h"] | None = None, w: Gate = None) -> Float[Tensor, "b n p"]:
+    """What every token says when it is found.   g_n A2 h_n, or with an A2 of twice the width   g_n A2 [h_n, e_n], e_n the token's embedding
 
-    The second is not in the paper. Deep in the LM h_n looks to what follows, and no longer tells in full which token it is of.
+    g_n = sigmoid(w^T [h_n, e_n]), or 1 without a gate w. Neither is in the paper. Deep in the LM h_n looks to what follows, and no longer
+    tells in full which token it is of; and what articles and commas write, which nobody asks for, is in the way of names and nouns.
     """
-    seen = torch.cat([H, E], dim=-1) if A2.shape[1] == 2 * H.shape[-1] else H
-    return einsum(seen, A2, "b n v, p v -> b n p")
+    seen = H if E is None else torch.cat([H, E], dim=-1)
+    values = einsum(seen[..., : A2.shape[1]], A2, "b n v, p v -> b n p")
+    return values if w is None else values * torch.sigmoid(einsum(seen, w, "b n k, k -> b n"))[..., None]
 
 
 def outer_products(
-    H: Float[Tensor, "b n h"], A2: ValueSide, B1: KeySide, mask: Bool[Tensor, "b n"], E: Float[Tensor, "b n h"] | None = None
+    H: Float[Tensor, "b n h"], A2: ValueSide, B1: KeySide, mask: Bool[Tensor, "b n"], E: Float[Tensor, "b n h"] | None = None, w: Gate = None
 ) -> Float[Tensor, "b p q"]:
-    """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T, E: `token_values`"""
+    """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T, E, w: `token_values`"""
     H = H.masked_fill(~mask[..., None], 0.0)
-    values = token_values(H, A2, E).masked_fill(~mask[..., None], 0.0)
+    values = token_values(H, A2, E, w).masked_fill(~mask[..., None], 0.0)
     return einsum(values, token_keys(H, B1), "b n p, b n q -> b p q")
 
 
@@ -110,11 +114,10 @@ class LeadingDirections(torch.autograd.Function):
         i, j both kept:        a = 1 / (sigma_i + sigma_j),                    b = -a       (the polar factor)
         k kept, d dropped:     a = sigma_k / (sigma_k^2 - sigma_d^2),          b = sigma_d / (sigma_k^2 - sigma_d^2)
         k kept, d beyond:      a = 1 / sigma_k,                                b = 0  (what only the longer side of a rectangular S has)
-        both dropped:          a = b = 0
 
-    No term is left out, and none divides by the difference of two kept values, so equal ones do no harm. Every 1/x above,
-    x a sum or difference in units of sigma_1, is damped to x / (x^2 + DAMPING^2): exact to (DAMPING / x)^2, and finite for
-    every S, also where the gap at the cut closes or S is rank-deficient or zero. Adjoint:  dL/dS = U (a * G + b * G^T) V^T,  G = U^T dL/dN V.
+    and zero where both are dropped. None divides by the difference of two kept values, so equal ones do no harm. Every 1/x above, x a sum
+    or difference in units of sigma_1, is damped to x / (x^2 + DAMPING^2): exact to (DAMPING / x)^2, and finite for every S, also where
+    the gap at the cut closes or S is zero. Adjoint:  dL/dS = U (a * G + b * G^T) V^T,  G = U^T dL/dN V.
     """
 
     @staticmethod
@@ -130,10 +133,8 @@ class LeadingDirections(torch.autograd.Function):
     def backward(ctx, grad_left: Float[Tensor, "*b p r"], grad_right: Float[Tensor, "*b q r"]):
         U, V, sigma, kept = ctx.saved_tensors
         rank = grad_left.shape[-1]
-        dropped_columns = (0, sigma.shape[-1] - rank)
-        columns = nn.functional.pad(U.mT @ grad_left, dropped_columns)  # G where its column is kept
-        rows = nn.functional.pad(V.mT @ grad_right, dropped_columns).mT  # G where its row is kept
-        G = torch.where(kept[..., None, :], columns, rows)
+        columns, rows = (nn.functional.pad(W.mT @ grad, (0, sigma.shape[-1] - rank)) for W, grad in ((U, grad_left), (V, grad_right)))
+        G = torch.where(kept[..., None, :], columns, rows.mT)  # each where it is kept
 
         unit = sigma[..., :1, None].clamp_min(torch.finfo(sigma.dtype).tiny)
         x, y = sigma[..., :, None] / unit, sigma[..., None, :] / unit
@@ -331,6 +332,7 @@ class LayerGenerator(nn.Module):
         self.A2 = nn.Parameter(torch.randn(p, by_value) / by_value**0.5)
         self.B1 = nn.Parameter(torch.randn(by_key, q) / by_key**0.5)
         self.B2 = nn.Parameter(torch.randn(q, layer.i) / layer.i**0.5)
+        self.gate = nn.Parameter(torch.zeros(2 * layer.h)) if config.gate else None
 
 
 class AdapterGenerator(nn.Module):
@@ -350,12 +352,10 @@ class AdapterGenerator(nn.Module):
         """The state that one chunk adds (eq. 3), from its `block_inputs` and its `token_embeddings`."""
         home = self.by_layer[0].norm.device  # an LM that is spread over devices leaves its streams on all of them
         E, mask = E.to(home), mask.to(home)
-        S = [outer_products(rms_norm(h.to(home), g.norm), g.A2, g.B1, mask, E) for h, g in zip(H, self.by_layer, strict=True)]
+        S = [outer_products(rms_norm(h.to(home), g.norm), g.A2, g.B1, mask, E, g.gate) for h, g in zip(H, self.by_layer, strict=True)]
         return ContextState(torch.stack(S), mask.sum(1))
 
-    def read_chunks(
-        self, lm: nn.Module, input_ids: Int[Tensor, "b n"], attention_mask: Int[Tensor, "b n"] | None = None
-    ) -> Iterator[ContextState]:
+    def read_chunks(self, lm: nn.Module, input_ids: Int[Tensor, "b n"], attention_mask: Int[Tensor, "b n"] | None = None) -> Iterator[ContextState]:
         """Read a context chunk by chunk and yield what each adds; positions restart in every chunk, padding never enters.
 
         Each row is cut on its own real tokens, so its state does not depend on its neighbours. parallel: every chunk is read

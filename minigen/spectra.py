@@ -108,7 +108,7 @@ def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: In
     shares = []
     for layer, (g, U, V, sigma) in enumerate(zip(generator.by_layer, left, right, torch.linalg.svdvals(S), strict=True)):
         normed = [(rms_norm(H[layer], g.norm), E) for H, E in chunks]
-        values = torch.cat([token_values(h, g.A2, E) for h, E in normed], dim=1)[0]
+        values = torch.cat([token_values(h, g.A2, E, g.gate) for h, E in normed], dim=1)[0]
         keys = torch.cat([token_keys(h, g.B1) for h, _ in normed], dim=1)[0]
         written = (values @ U) * (keys @ V)
         shares.append(written / sigma[: U.shape[1]].clamp_min(torch.finfo(sigma.dtype).tiny))

@@ -262,7 +262,8 @@ class Recipe:
     seed: int = 0
 
 
-LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=128, alpha=384.0, previous=True, embedding=True)
+OURS = {"previous": True, "embedding": True, "gate": True}
+LAPTOP = GeneratorConfig(targets=("mlp.down_proj",), blocks=tuple(range(14, 25)), p=384, q=384, rank=128, alpha=384.0, **OURS)
 PAPER = GeneratorConfig(targets=("self_attn.o_proj",), p=1024, q=1024, rank=128, alpha=64.0)
 TOY = GeneratorConfig(targets=("mlp.c_proj",), p=64, q=64, rank=32, alpha=64.0, chunk=256)
 TABLE_2 = Recipe(
@@ -295,6 +296,7 @@ RECIPES = {
     "toy-feed-forward": replace(TABLE_2, config=replace(TABLE_2.config, targets=("mlp.c_proj",))),
     "toy-previous": replace(TABLE_2, config=replace(TABLE_2.config, previous=True)),
     "toy-embedding": replace(TABLE_2, config=replace(TABLE_2.config, embedding=True)),
+    "toy-gate": replace(TABLE_2, config=replace(TABLE_2.config, gate=True)),
 }
 
 
@@ -384,16 +386,18 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
     """Give the generator a start that already copies, from closed forms; gradient descent from zero takes far longer to find it.
 
     For one adapted layer let h be the (RMS-normed) state of a context token t, k what its key is made from (h, with config.previous
-    also the state before it), v what its value is made from (h, with config.embedding also t's embedding), and x the layer's input at
-    the question's token after which t must be said. Keys meet queries by canonical correlation, values meet tokens by reduced-rank
-    regression:
+    also the state before it), v its state and its embedding (the value sees the second with config.embedding only), y whether t belongs
+    to an answer, and x the layer's input at the question's token after which t must be said. Keys meet queries by canonical correlation,
+    values meet tokens by reduced-rank regression, and gates tell answers by linear regression:
 
         B1 = C_kk^(-1/2) L R,   B2 = R M^T C_xx^(-1/2)   with L R M^T = svd of C_kk^(-1/2) C_kx C_xx^(-1/2)
         A2, A1 from the best rank-p map of v to E[t], the LM's output embedding of t
+        w = C_vv^(-1) C_vy, scaled to logits of unit variance
 
     where C_kx is taken within documents (k minus the document's mean), so that a key tells tokens of one text apart.
     """
     layers, p, q = generator.layers, generator.config.p, generator.config.q
+    beside = generator.config.embedding or generator.config.gate  # whether anything sees the embedding of a token
     E = lm.get_output_embeddings().weight.float()
     E = E - E.mean(0)
     sums: list[dict[str, Tensor]] = [{} for _ in layers]
@@ -411,27 +415,35 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         asked, position, told, n = pairs.T
         real = mask.bool()
         said, embedding = E[ids[real]], token_embeddings(lm, ids)
+        answer = torch.zeros_like(ids, dtype=torch.float)
+        answer[told, n] = 1
+        answer = (answer[real] - answer[real].mean())[:, None]
         for layer in range(len(layers)):
             h = rms_norm(H[layer], torch.ones(layers[layer].h, device=lm.device))
             k = with_previous(h) if generator.config.previous else h
-            v = (torch.cat([h, embedding], dim=-1) if generator.config.embedding else h)[real]
+            v = (torch.cat([h, embedding], dim=-1) if beside else h)[real]
             centre = (k * real[..., None]).sum(1) / real.sum(1, keepdim=True)
             x = X[layer][asked, position].float()
-            add_products(layer, kk=(k[real], k[real]), vv=(v, v), ev=(said, v), xx=(x, x), kx=(k[told, n] - centre[told], x))
+            add_products(layer, kk=(k[real], k[real]), vv=(v, v), vy=(v, answer), ev=(said, v), xx=(x, x), kx=(k[told, n] - centre[told], x))
             sums[layer]["tokens"] = sums[layer].get("tokens", 0) + int(real.sum())
             sums[layer]["pairs"] = sums[layer].get("pairs", 0) + len(pairs)
 
     for g, c in zip(generator.by_layer, sums, strict=True):
         root_k = inverse_root(c["kk"] / c["tokens"], ridge=0.01)
-        root_v = inverse_root(c["vv"] / c["tokens"], ridge=0.01)
+        value = slice(g.A2.shape[1])
+        root_v = inverse_root(c["vv"][value, value] / c["tokens"], ridge=0.01)
         root_x = inverse_root(c["xx"] / c["pairs"], ridge=0.1)
         L, R, Mt = torch.linalg.svd(root_k @ (c["kx"] / c["pairs"]).double() @ root_x, full_matrices=False)
-        tokens, variance, seen = torch.linalg.svd((c["ev"] / c["tokens"]).double() @ root_v, full_matrices=False)
+        tokens, variance, seen = torch.linalg.svd((c["ev"][:, value] / c["tokens"]).double() @ root_v, full_matrices=False)
         B2 = R[:q, None] * Mt[:q] @ root_x
         g.B1.copy_(unit_variance(root_k @ L[:, :q] * R[:q], g.B1.shape[0]))
         g.A2.copy_(unit_variance(variance[:p, None] * seen[:p] @ root_v, g.A2.shape[1]))
         g.B2.copy_(unit_variance(B2, B2.shape[1]))
         g.A1.copy_(gain * B2.std() * B2.shape[1] ** 0.5 * tokens[:, :p])
+        if g.gate is not None:
+            C_vv = (c["vv"] / c["tokens"]).double()
+            w = inverse_root(C_vv, ridge=0.01) @ inverse_root(C_vv, ridge=0.01) @ c["vy"][:, 0].double()
+            g.gate.copy_(w / (w @ C_vv @ w).sqrt())
 
 
 def answer_tokens(documents: list[Document], tokenizer) -> tuple[Tensor, Tensor, list[list[int]], Tensor]:

@@ -75,6 +75,8 @@ def generator_for():
             for layer in generator.by_layer:
                 torch.nn.init.normal_(layer.norm, mean=1.0, std=0.1)
                 torch.nn.init.normal_(layer.A1, std=0.2)
+                if layer.gate is not None:
+                    torch.nn.init.normal_(layer.gate, std=0.3)
         return generator.requires_grad_(False)
 
     return build

@@ -103,6 +103,19 @@ def test_a_value_of_twice_the_width_is_a_loop_over_states_and_embeddings(random)
     assert_close(outer_products(H, A2, B1, mask, E), expected, **CLOSE)
 
 
+def test_a_gate_says_how_much_of_its_value_a_token_writes(random):
+    H, E, A2, B1, mask, w = random(b, n, h), random(b, n, h), random(p, h), random(h, q), random(b, n) > 0, random(2 * h)
+    expected = torch.zeros(b, p, q)
+    for row in range(b):
+        for token in range(n):
+            if mask[row, token]:
+                share = 1 / (1 + (-(w[:h] @ H[row, token] + w[h:] @ E[row, token])).exp())
+                expected[row] += share * torch.outer(A2 @ H[row, token], B1.T @ H[row, token])
+    H[~mask] = torch.nan
+    assert_close(outer_products(H, A2, B1, mask, E, w), expected, **CLOSE)
+    assert_close(outer_products(H, A2, B1, mask, E, torch.zeros(2 * h)), outer_products(H, A2, B1, mask) / 2)
+
+
 @pytest.mark.parametrize("norm", method.NORMS)
 def test_write_is_the_dense_formula(norm, random):
     layers = [AdaptedLayer("first", "0", h, i, o), AdaptedLayer("second", "1", h, o, i)]
@@ -220,7 +233,7 @@ def test_only_the_asked_blocks_are_read(llama, tokens):
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_padded_row_equals_itself_read_alone(any_lm, generator_for, tokens, encode, side, ours):
-    generator = generator_for(any_lm, encode=encode, previous=ours, embedding=ours)
+    generator = generator_for(any_lm, encode=encode, previous=ours, embedding=ours, gate=ours)
     rows = [tokens(1, count) for count in (19, 11, 3)]  # 3, 2 and 1 chunks
     ids, mask = tokens(3, 23), torch.zeros(3, 23, dtype=torch.long)
     for k, row in enumerate(rows):
@@ -245,7 +258,7 @@ def test_chunks_are_balanced(length, longest):
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens, ours):
-    generator, ids = generator_for(any_lm, chunk=8, previous=ours, embedding=ours), tokens(b, 24)
+    generator, ids = generator_for(any_lm, chunk=8, previous=ours, embedding=ours, gate=ours), tokens(b, 24)
     stream = generator.read(any_lm, ids)
     parts = [generator.read(any_lm, part) for part in ids.split(8, dim=1)]
     assert_same_state(stream, parts[0] + parts[1] + parts[2])
@@ -255,9 +268,10 @@ def test_a_stream_is_the_sum_of_its_chunks(any_lm, generator_for, tokens, ours):
 
 @pytest.mark.parametrize("previous", [False, True])
 @pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("encode", ["parallel", "sequential"])
-def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode, embedding, previous):
-    generator, ids = generator_for(any_lm, encode=encode, chunk=8, previous=previous, embedding=embedding), tokens(1, 22)
+def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode, gate, embedding, previous):
+    generator, ids = generator_for(any_lm, encode=encode, chunk=8, previous=previous, embedding=embedding, gate=gate), tokens(1, 22)
     W = {layer.name: weight_matrix(any_lm.get_submodule(layer.name)) for layer in generator.layers}
     plain = {name: weight.clone() for name, weight in W.items()}
     S = torch.zeros(3, 1, 16, 12)
@@ -267,8 +281,9 @@ def test_reading_is_a_plain_loop(any_lm, generator_for, tokens, encode, embeddin
             H = rms_norm(streams[k], g.norm)
             seen = torch.cat([H, torch.cat([torch.zeros_like(H[:, :1]), H[:, :-1]], dim=1)], dim=2) if previous else H
             E = any_lm.get_input_embeddings()(chunk)
-            said = torch.cat([H, rms_norm(E, torch.ones(E.shape[-1]))], dim=2) if embedding else H
-            S[k] += (said @ g.A2.T).mT @ (seen @ g.B1)
+            both = torch.cat([H, rms_norm(E, torch.ones(E.shape[-1]))], dim=2)
+            share = torch.sigmoid(both @ g.gate)[..., None] if gate else 1
+            S[k] += (share * ((both if embedding else H) @ g.A2.T)).mT @ (seen @ g.B1)
             if encode == "sequential":
                 U, _, Vh = torch.linalg.svd(S[k, 0])
                 W[layer.name].copy_(plain[layer.name] + 16.0 / 16 * g.A1 @ U[:, :4] @ Vh[:4] @ g.B2)

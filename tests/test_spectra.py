@@ -188,7 +188,7 @@ def test_overlap_of_random_subspaces_is_r_over_p(random):
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("length", [17, 4])
 def test_token_shares_are_those_of_the_equation(any_lm, generator_for, tokens, length, ours):
-    generator, ids = generator_for(any_lm, chunk=6, rank=3, previous=ours, embedding=ours), tokens(1, length)
+    generator, ids = generator_for(any_lm, chunk=6, rank=3, previous=ours, embedding=ours, gate=ours), tokens(1, length)
     shares = token_shares(any_lm, generator, ids)
     assert shares.shape == (3, length, 3)
     chunks = [block_inputs(any_lm, generator.layers, input_ids=part[None]) for part in balanced_chunks(ids[0], 6)]
@@ -202,7 +202,8 @@ def test_token_shares_are_those_of_the_equation(any_lm, generator_for, tokens, l
                 H.append(norm * h / math.sqrt(np.mean(h**2) + 1e-6))
                 keys.append((np.concatenate([H[-1], before]) if ours else H[-1]) @ B1)
                 e = embeddings[len(values)]
-                values.append(A2 @ (np.concatenate([H[-1], e / math.sqrt(np.mean(e**2) + 1e-6)]) if ours else H[-1]))
+                both = np.concatenate([H[-1], e / math.sqrt(np.mean(e**2) + 1e-6)])
+                values.append(A2 @ both / (1 + np.exp(-both @ g.gate.double().numpy())) if ours else A2 @ H[-1])
                 before = H[-1]
         U, sigma, Vh = np.linalg.svd(sum(np.outer(value, key) for value, key in zip(values, keys, strict=True)))
         for n, (value, key) in enumerate(zip(values, keys, strict=True)):

@@ -353,7 +353,7 @@ def test_the_start_copies_from_its_own_context(lm_and_tokenizer, ours):
 
     def started(regression):
         torch.manual_seed(0)
-        generator = AdapterGenerator.for_lm(lm, replace(TINY, previous=ours, embedding=ours))
+        generator = AdapterGenerator.for_lm(lm, replace(TINY, previous=ours, embedding=ours, gate=ours))
         if regression:
             start_by_regression(generator, lm, tokenizer, documents, gain=1.8)
         return generator
