@@ -10,7 +10,7 @@ CONTEXT   ?= data/documents/toy.txt
 QUESTIONS ?= --question "Where does Ada live?" --question "Where does Boris live?" --question "Which instrument does Clara play?"
 else
 CONTEXT   ?= data/documents/lighthouse.txt
-QUESTIONS ?= --question "Who was the first keeper of the lighthouse?" --question "When was the lighthouse finished?" --question "What put out the lamp in 1911?"
+QUESTIONS ?= --question "Who was the first keeper of the lighthouse?" --question "What was the name of the brig?" --question "What put out the lamp in 1911?"
 endif
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb)) $(sort $(wildcard notebooks/solutions/*.ipynb))
 
