@@ -92,7 +92,7 @@ def token_values(H: Float[Tensor, "b n h"], A2: ValueSide, E: Float[Tensor, "b n
     g_n = sigmoid(w^T [h_n, e_n]), or 1 without a gate w. Neither is in the paper. Deep in the LM h_n looks to what follows, and no longer
     tells in full which token it is of; and what articles and commas write, which nobody asks for, is in the way of names and nouns.
     """
-    seen = H if E is None else torch.cat([H, E], dim=-1)
+    seen = H if w is None and A2.shape[1] == H.shape[-1] else torch.cat([H, E], dim=-1)
     values = einsum(seen[..., : A2.shape[1]], A2, "b n v, p v -> b n p")
     return values if w is None else values * torch.sigmoid(einsum(seen, w, "b n k, k -> b n"))[..., None]
 

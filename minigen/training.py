@@ -442,7 +442,8 @@ def start_by_regression(generator: AdapterGenerator, lm, tokenizer, documents: l
         g.A1.copy_(gain * B2.std() * B2.shape[1] ** 0.5 * tokens[:, :p])
         if g.gate is not None:
             C_vv = (c["vv"] / c["tokens"]).double()
-            w = inverse_root(C_vv, ridge=0.01) @ inverse_root(C_vv, ridge=0.01) @ c["vy"][:, 0].double()
+            whiten = inverse_root(C_vv, ridge=0.01)
+            w = whiten @ whiten @ c["vy"][:, 0].double()
             g.gate.copy_(w / (w @ C_vv @ w).sqrt())
 
 

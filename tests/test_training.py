@@ -23,7 +23,7 @@ from transformers import GPT2Config
 from minigen import training
 from minigen.evaluation import WORDINGS, saved_for_backward
 from minigen.formats import load_generator
-from minigen.generator import AdapterGenerator, GeneratorConfig
+from minigen.generator import AdapterGenerator, GeneratorConfig, block_inputs, rms_norm, token_embeddings
 from minigen.models import load_lm
 from minigen.tasks import DATA, BadData, Document, Question, read_documents, world_document
 from minigen.training import (
@@ -365,6 +365,19 @@ def test_the_start_copies_from_its_own_context(lm_and_tokenizer, ours):
     losses = training.transfer(start, lm, tokenizer, held_out)
     assert without["own"] == without["other"]
     assert losses["own"] < losses["other"] - 0.01
+
+
+def test_the_start_opens_its_gates_for_answers(lm_and_tokenizer):
+    lm, tokenizer = lm_and_tokenizer
+    documents, held_out = ([world_document(random.Random(f"{name} {n}"), (1, 3)) for n in range(64)] for name in ("start", "held out"))
+    generator = AdapterGenerator.for_lm(lm, replace(TINY, gate=True)).requires_grad_(False)
+    start_by_regression(generator, lm, tokenizer, documents, gain=1.8)
+    ids, mask, _, pairs = training.answer_tokens(held_out, tokenizer)
+    answer = torch.zeros_like(mask, dtype=torch.bool)
+    answer[pairs[:, 2], pairs[:, 3]] = True
+    for H, g in zip(block_inputs(lm, generator.layers, input_ids=ids), generator.by_layer, strict=True):
+        gates = torch.sigmoid(torch.cat([rms_norm(H, g.norm), token_embeddings(lm, ids)], dim=-1) @ g.gate)
+        assert gates[answer].mean() > gates[mask.bool() & ~answer].mean() + 0.03
 
 
 # -------------------------------------------------------------------------------------------------- the loop
