@@ -26,6 +26,8 @@ NULL_DIRECTION = 1e-5  # a singular value below this share of the largest is rou
 DAMPING = 1e-3  # of the gradient, where two singular values (relative to the largest) nearly coincide
 ValueSide = Float[Tensor, "p h"] | Float[Tensor, "p 2*h"]  # A2, for a value of the hidden state, and of the token's embedding too
 KeySide = Float[Tensor, "h q"] | Float[Tensor, "2*h q"]  # B1, for a key of the hidden state, and of the one before it too
+States = Float[Tensor, "b n h"]  # H, of every token of a context
+Mask = Bool[Tensor, "b n"]  # which tokens are real, not padding
 Gate = Float[Tensor, " 2*h"] | None  # w, for how much of its value a token writes; without it, all
 
 
@@ -38,6 +40,7 @@ class GeneratorConfig:
     p, q: value and key side of the state (paper: d_r = 1024 both).  rank: directions kept (128).  alpha: s = alpha / p (64).
     previous / embedding: whether a key also sees the token before its own, and a value its token's embedding (paper: neither).
     gate: whether tokens write more or less of themselves, by what they are (paper: all the same).
+    task_blocks, task_values: blocks whose last values are for the task that examples show (`with_task`), and how many (paper: none).
     norm: a name in NORMS.  chunk: longest stretch of tokens read in one pass (1024).  encode: how later ones are, "parallel" or "sequential".
     """
 
@@ -50,6 +53,8 @@ class GeneratorConfig:
     previous: bool = False
     embedding: bool = False
     gate: bool = False
+    task_blocks: tuple[int, ...] = ()
+    task_values: int = 64
     norm: str = "svd"
     encode: str = "parallel"
     chunk: int = 1024
@@ -61,23 +66,22 @@ class GeneratorConfig:
             raise ValueError(f"encode={self.encode!r} asked, but only 'parallel' and 'sequential' exist; use one of these")
         if not 1 <= self.rank <= min(self.p, self.q):
             raise ValueError(f"rank={self.rank} asked of a {self.p} x {self.q} state; choose 1 to {min(self.p, self.q)}")
+        if not 1 <= self.task_values < self.p and self.task_blocks:
+            raise ValueError(f"task_values={self.task_values} asked of {self.p} values; choose 1 to {self.p - 1}")
 
 
-# ----------------------------------------------------------------------------------------------- the maths
-
-
-def rms_norm(H: Float[Tensor, "b n h"], weight: Float[Tensor, " h"], eps: float = 1e-6) -> Float[Tensor, "b n h"]:
+def rms_norm(H: States, weight: Float[Tensor, " h"], eps: float = 1e-6) -> States:
     """The generator's own norm of the residual stream.   weight * h / sqrt(mean(h^2) + eps), statistics in fp32"""
     H = H.float()
     return weight * H * torch.rsqrt(H.square().mean(-1, keepdim=True) + eps)
 
 
-def with_previous(H: Float[Tensor, "b n h"]) -> Float[Tensor, "b n 2*h"]:
+def with_previous(H: States) -> Float[Tensor, "b n 2*h"]:
     """Each token's state beside that of the token before it in the chunk (zero before the first).   [h_n, h_(n-1)]"""
     return torch.cat([H, nn.functional.pad(H, (0, 0, 1, -1))], dim=-1)
 
 
-def token_keys(H: Float[Tensor, "b n h"], B1: KeySide) -> Float[Tensor, "b n q"]:
+def token_keys(H: States, B1: KeySide) -> Float[Tensor, "b n q"]:
     """What every token is found by.   B1^T h_n, or with a B1 of twice the height   B1^T [h_n, h_(n-1)]
 
     The second is not in the paper. A question ends just before its answer, and so does h_(n-1); h_n looks to what follows it.
@@ -86,7 +90,7 @@ def token_keys(H: Float[Tensor, "b n h"], B1: KeySide) -> Float[Tensor, "b n q"]
     return einsum(seen, B1, "b n k, k q -> b n q")
 
 
-def token_values(H: Float[Tensor, "b n h"], A2: ValueSide, E: Float[Tensor, "b n h"] | None = None, w: Gate = None) -> Float[Tensor, "b n p"]:
+def token_values(H: States, A2: ValueSide, E: States | None = None, w: Gate = None) -> Float[Tensor, "b n p"]:
     """What every token says when it is found.   g_n A2 h_n, or with an A2 of twice the width   g_n A2 [h_n, e_n], e_n the token's embedding
 
     g_n = sigmoid(w^T [h_n, e_n]), or 1 without a gate w. Neither is in the paper. Deep in the LM h_n looks to what follows, and no longer
@@ -97,27 +101,32 @@ def token_values(H: Float[Tensor, "b n h"], A2: ValueSide, E: Float[Tensor, "b n
     return values if w is None else values * torch.sigmoid(einsum(seen, w, "b n k, k -> b n"))[..., None]
 
 
-def outer_products(
-    H: Float[Tensor, "b n h"], A2: ValueSide, B1: KeySide, mask: Bool[Tensor, "b n"], E: Float[Tensor, "b n h"] | None = None, w: Gate = None
-) -> Float[Tensor, "b p q"]:
+def outer_products(H: States, A2: ValueSide, B1: KeySide, mask: Mask, E: States | None = None, w: Gate = None) -> Float[Tensor, "b p q"]:
     """What a context leaves behind: one outer product per real token, summed (eq. 3).   S = sum_n (A2 h_n)(B1^T h_n)^T, E, w: `token_values`"""
     H = H.masked_fill(~mask[..., None], 0.0)
     values = token_values(H, A2, E, w).masked_fill(~mask[..., None], 0.0)
     return einsum(values, token_keys(H, B1), "b n p, b n q -> b p q")
 
 
+def with_task(S: Float[Tensor, "b p q"], H: States, later: States, A2: ValueSide, B1: KeySide, mask: Mask, values: int) -> Float[Tensor, "b p q"]:
+    """S, its last values and last key set apart for the task that examples show.   diag(S[:-values, :-1], sum_n sigmoid(b^T h_n) A2 h'_n)
+
+    b, the last column of B1, tells where an example's answer begins; h'_n is the state in a later block, where the LM knows which.
+    """
+    opened = torch.sigmoid(token_keys(H.masked_fill(~mask[..., None], 0.0), B1[:, -1:])) * mask[..., None]
+    task = einsum(opened, later, A2[-values:, : H.shape[-1]], "b n one, b n h, p h -> b p one")
+    return nn.functional.pad(S[:, :-values, :-1], (0, 1, 0, values)) + nn.functional.pad(task, (S.shape[2] - 1, 0, S.shape[1] - values, 0))
+
+
 class LeadingDirections(torch.autograd.Function):
     """The r leading singular directions of S, null ones set to zero:  S -> U_r, V_r, for losses that see only U_r V_r^T.
 
     With dP = U^T dS V the differential of N = U_r V_r^T is, in the same bases, dN_ij = a_ij dP_ij + b_ij dP_ji where
-
         i, j both kept:        a = 1 / (sigma_i + sigma_j),                    b = -a       (the polar factor)
         k kept, d dropped:     a = sigma_k / (sigma_k^2 - sigma_d^2),          b = sigma_d / (sigma_k^2 - sigma_d^2)
         k kept, d beyond:      a = 1 / sigma_k,                                b = 0  (what only the longer side of a rectangular S has)
-
-    and zero where both are dropped. None divides by the difference of two kept values, so equal ones do no harm. Every 1/x above, x a sum
-    or difference in units of sigma_1, is damped to x / (x^2 + DAMPING^2): exact to (DAMPING / x)^2, and finite for every S, also where
-    the gap at the cut closes or S is zero. Adjoint:  dL/dS = U (a * G + b * G^T) V^T,  G = U^T dL/dN V.
+    and zero where both are dropped. Equal kept values do no harm. Every 1/x above, x a sum or difference in units of sigma_1, is damped to
+    x / (x^2 + DAMPING^2), finite also where the gap at the cut closes or S is zero.   dL/dS = U (a * G + b * G^T) V^T,  G = U^T dL/dN V
     """
 
     @staticmethod
@@ -135,7 +144,6 @@ class LeadingDirections(torch.autograd.Function):
         rank = grad_left.shape[-1]
         columns, rows = (nn.functional.pad(W.mT @ grad, (0, sigma.shape[-1] - rank)) for W, grad in ((U, grad_left), (V, grad_right)))
         G = torch.where(kept[..., None, :], columns, rows.mT)  # each where it is kept
-
         unit = sigma[..., :1, None].clamp_min(torch.finfo(sigma.dtype).tiny)
         x, y = sigma[..., :, None] / unit, sigma[..., None, :] / unit
         both = kept[..., :, None] & kept[..., None, :]
@@ -168,9 +176,6 @@ def no_norm(S: Float[Tensor, "*b p q"], rank: int) -> tuple[Float[Tensor, "*b p 
 NORMS: dict[str, Callable] = {"svd": svd_norm, "frobenius": frobenius_norm, "none": no_norm}
 
 
-# ------------------------------------------------------------------------------------------- where it attaches
-
-
 @dataclass(frozen=True)
 class AdaptedLayer:
     """One linear layer that gets an adapter: its module's name, its transformer block's, and the widths h, i, o."""
@@ -198,9 +203,8 @@ def adapted_layers(lm: nn.Module, config: GeneratorConfig) -> list[AdaptedLayer]
             found.append(AdaptedLayer(name, block[0], lm.config.hidden_size, i, o))
     if not found:
         linear = {re.sub(r".*\.\d+\.", "", name) for name, m in lm.named_modules() if re.search(r"\.\d+\.", name) and hasattr(m, "weight")}
-        raise ValueError(
-            f"targets {config.targets} in blocks {config.blocks or 'all'} asked, but {type(lm).__name__} has none; its blocks hold {sorted(linear)}"
-        )
+        asked = f"targets {config.targets} in blocks {config.blocks or 'all'} asked"
+        raise ValueError(f"{asked}, but {type(lm).__name__} has none; its blocks hold {sorted(linear)}")
     return found
 
 
@@ -208,7 +212,7 @@ class _LastBlockReached(Exception):
     """Ends a forward pass whose later blocks nobody will look at."""
 
 
-def block_inputs(lm: nn.Module, layers: list[AdaptedLayer], **inputs: Tensor) -> list[Float[Tensor, "b n h"]]:
+def block_inputs(lm: nn.Module, layers: list[AdaptedLayer], **inputs: Tensor) -> list[States]:
     """H for every adapted layer: the residual stream as it enters the layer's block (before its norm), in one LM pass."""
     streams: dict[str, Tensor] = {}
 
@@ -225,21 +229,16 @@ def block_inputs(lm: nn.Module, layers: list[AdaptedLayer], **inputs: Tensor) ->
 
 
 @torch.no_grad()
-def token_embeddings(lm: nn.Module, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n h"]:
+def token_embeddings(lm: nn.Module, input_ids: Int[Tensor, "b n"]) -> States:
     """E, every token's own vector in the LM's table, `rms_norm`ed; what the first block of a Llama or a Mistral is given."""
     E = lm.get_input_embeddings()(input_ids)
     return rms_norm(E, torch.ones(E.shape[-1], device=E.device))
 
 
-# ------------------------------------------------------------------------------------------- state and adapter
-
-
 @dataclass
 class ContextState:
-    """All that is kept of a context: S per adapted layer and how many tokens went in; its size never grows (eq. 3).
-
-    States of separate documents add; subtracting a document's state forgets it, to rounding (parallel encoding).
-    """
+    """All that is kept of a context: S per adapted layer and how many tokens went in; its size never grows (eq. 3). Those of
+    separate documents add; subtracting a document's state forgets it, to rounding (parallel encoding)."""
 
     S: Float[Tensor, "l b p q"]
     tokens: Int[Tensor, " b"]
@@ -282,7 +281,6 @@ class Adapter:
 
         A batch of k times as many rows as adapters gives each adapter k neighbouring rows; a single one serves them all.
         """
-
         def add_update(down, up, module, args, y):
             x = args[0]
             if len(x) % len(down):
@@ -318,9 +316,6 @@ class Adapter:
         self._replaced = {}
 
 
-# ------------------------------------------------------------------------------------------------- the generator
-
-
 class LayerGenerator(nn.Module):
     """The parameters of one adapted layer, in the paper's names. A1 starts at zero: an untrained generator changes nothing."""
 
@@ -342,17 +337,24 @@ class AdapterGenerator(nn.Module):
         super().__init__()
         self.config, self.layers = config, layers
         self.by_layer = nn.ModuleList(LayerGenerator(layer, config) for layer in layers)
+        blocks = [int(layer.block.rpartition(".")[2]) for layer in layers]
+        if max(blocks) in config.task_blocks:
+            raise ValueError(f"task_blocks={config.task_blocks} asked, but tasks are read in a later block and {max(blocks)} is the last; leave it out")
+        self.later = {n: next(m for m, b in enumerate(blocks) if b > block) for n, block in enumerate(blocks) if block in config.task_blocks}
 
     @classmethod
     def for_lm(cls, lm: nn.Module, config: GeneratorConfig = GeneratorConfig()) -> "AdapterGenerator":
         """An untrained generator for this LM."""
         return cls(config, adapted_layers(lm, config))
 
-    def contribution(self, H: list[Float[Tensor, "b n h"]], E: Float[Tensor, "b n h"], mask: Bool[Tensor, "b n"]) -> ContextState:
+    def contribution(self, H: list[States], E: States, mask: Mask) -> ContextState:
         """The state that one chunk adds (eq. 3), from its `block_inputs` and its `token_embeddings`."""
         home = self.by_layer[0].norm.device  # an LM that is spread over devices leaves its streams on all of them
         E, mask = E.to(home), mask.to(home)
-        S = [outer_products(rms_norm(h.to(home), g.norm), g.A2, g.B1, mask, E, g.gate) for h, g in zip(H, self.by_layer, strict=True)]
+        H = [rms_norm(h.to(home), g.norm) for h, g in zip(H, self.by_layer, strict=True)]
+        S = [outer_products(h, g.A2, g.B1, mask, E, g.gate) for h, g in zip(H, self.by_layer, strict=True)]
+        for n, m in self.later.items():
+            S[n] = with_task(S[n], H[n], H[m], self.by_layer[n].A2, self.by_layer[n].B1, mask, self.config.task_values)
         return ContextState(torch.stack(S), mask.sum(1))
 
     def read_chunks(self, lm: nn.Module, input_ids: Int[Tensor, "b n"], attention_mask: Int[Tensor, "b n"] | None = None) -> Iterator[ContextState]:
@@ -371,8 +373,7 @@ class AdapterGenerator(nn.Module):
         so_far = None
         for t in range(max(map(len, chunks))):
             parts = [row[t] if t < len(row) else row[0][:0] for row in chunks]
-            ids = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-            mask = nn.utils.rnn.pad_sequence([torch.ones_like(part, dtype=torch.bool) for part in parts], batch_first=True)
+            ids, mask = (nn.utils.rnn.pad_sequence(each, batch_first=True) for each in (parts, [torch.ones_like(part).bool() for part in parts]))
             with self.write(so_far).applied_to(lm) if so_far else nullcontext():
                 state = self.contribution(block_inputs(lm, self.layers, input_ids=ids), token_embeddings(lm, ids), mask)
             if self.config.encode == "sequential":
@@ -396,5 +397,4 @@ class AdapterGenerator(nn.Module):
 
 def balanced_chunks(row: Int[Tensor, " n"], longest: int) -> list[Int[Tensor, " m"]]:
     """Cut n tokens into ceil(n / longest) chunks of (but for the last) equal size."""
-    count = -(-len(row) // longest)
-    return list(row.split(-(-len(row) // count)))
+    return list(row.split(-(-len(row) // -(-len(row) // longest))))

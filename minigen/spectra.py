@@ -89,8 +89,8 @@ def overlaps(states: Sequence[ContextState], rank: int) -> Float[np.ndarray, "l 
 def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: Int[Tensor, "1 n"]) -> Float[np.ndarray, "l n r"]:
     """Which tokens wrote which direction: each one's part of sigma_k.   share_nk = (u_k . value_n)(key_n . v_k) / sigma_k
 
-    value_n and key_n: `token_values` and `token_keys`. S is a sum over tokens and sigma_k = u_k^T S v_k, so the shares of a direction
-    sum to one over the tokens (single ones may be negative); those of null directions are zero.
+    value_n and key_n: `token_values` and `token_keys`, and `with_task` where there is one. S is a sum over tokens and sigma_k = u_k^T S v_k, so
+    the shares of a direction sum to one over the tokens (single ones may be negative); those of null directions are zero.
     """
     if len(input_ids) != 1:
         raise ValueError(f"shares of {len(input_ids)} texts asked; give one at a time, as input_ids of shape (1, n)")
@@ -110,7 +110,13 @@ def token_shares(lm: PreTrainedModel, generator: AdapterGenerator, input_ids: In
         normed = [(rms_norm(H[layer], g.norm), E) for H, E in chunks]
         values = torch.cat([token_values(h, g.A2, E, g.gate) for h, E in normed], dim=1)[0]
         keys = torch.cat([token_keys(h, g.B1) for h, _ in normed], dim=1)[0]
-        written = (values @ U) * (keys @ V)
+        if layer in generator.later:
+            n, fact = generator.later[layer], -generator.config.task_values
+            later = torch.cat([rms_norm(H[n], generator.by_layer[n].norm) for H, _ in chunks], dim=1)[0]
+            of_task = (later @ g.A2[fact:, : later.shape[1]].mT @ U[fact:]) * (torch.sigmoid(keys[:, -1:]) * V[-1])
+            written = (values[:, :fact] @ U[:fact]) * (keys[:, :-1] @ V[:-1]) + of_task
+        else:
+            written = (values @ U) * (keys @ V)
         shares.append(written / sigma[: U.shape[1]].clamp_min(torch.finfo(sigma.dtype).tiny))
     return torch.stack(shares).cpu().numpy()
 

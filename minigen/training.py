@@ -278,7 +278,7 @@ TABLE_2 = Recipe(
     gain=1.0,
 )
 TOLD = {"prose": 0.35, "world": 0.05, "closed world": 0.25, "rivals": 0.35}
-INSTRUCTED = {"prose": 0.27, "world": 0.03, "closed world": 0.15, "rivals": 0.12, "dialogues": 0.08, "tasks": 0.35}
+INSTRUCTED = {"prose": 0.34, "world": 0.03, "closed world": 0.15, "rivals": 0.1, "dialogues": 0.08, "tasks": 0.3}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 FACTS = Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=2.5e-4)
 RECIPES = {
@@ -534,7 +534,7 @@ def train(
     Several processes (`accelerate launch`) share each step's documents among them, and go the same way as one.
     out/checkpoint holds the newest complete checkpoint (weights, optimiser, random state, progress); resume=True goes on from
     it: under `steps` the result is the one that an uninterrupted run would have had. begin: a generator's folder to train on
-    from, in place of a start by regression, with the documents that come after its own.
+    from, in place of a start by regression, with its settings and the documents that come after its own.
     """
     recipe, out = RECIPES[recipe_name], Path(out)
     refuse_foreign(out / "generator", CARD)
@@ -556,6 +556,8 @@ def train(
         shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (trained, generator)]
         if trained.layers != generator.layers or shapes[0] != shapes[1]:
             raise BadData(f"--generator {begin} asked, but recipe {recipe_name!r} trains other layers or sizes; choose the recipe that made it ({CARD})")
+        recipe = replace(recipe, config=trained.config)
+        generator = AdapterGenerator.for_lm(lm, trained.config)
         generator.load_state_dict(trained.state_dict())
         before = json.loads((Path(begin) / CARD).read_text())["provenance"]
         progress.first = before.get("first", 0) + before.get("steps", 0)
