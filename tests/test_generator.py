@@ -23,6 +23,7 @@ from minigen.generator import (
     svd_norm,
     token_embeddings,
     weight_matrix,
+    with_task,
 )
 
 b, n, h, i, o, p, q, r = 2, 19, 17, 13, 11, 7, 5, 3  # different primes: a mistyped axis cannot fit by accident
@@ -114,6 +115,32 @@ def test_a_gate_says_how_much_of_its_value_a_token_writes(random):
     H[~mask] = torch.nan
     assert_close(outer_products(H, A2, B1, mask, E, w), expected, **CLOSE)
     assert_close(outer_products(H, A2, B1, mask, E, torch.zeros(2 * h)), outer_products(H, A2, B1, mask) / 2)
+
+
+@pytest.mark.parametrize("keys", [h, 2 * h])
+def test_tasks_are_apart_and_a_loop_over_states_of_a_later_block(random, keys):
+    H, later, A2, B1, mask, values = random(b, n, h), random(b, n, h), random(p, 2 * h), random(keys, q), random(b, n) > 0, 3
+    S = outer_products(H, A2, B1, mask, random(b, n, h))
+    expected = torch.zeros(b, p, q)
+    expected[:, :-values, :-1] = S[:, :-values, :-1]
+    for row in range(b):
+        for token in range(n):
+            if mask[row, token]:
+                seen = H[row, token] if keys == h else torch.cat([H[row, token], H[row, token - 1] * bool(token and mask[row, token - 1])])
+                expected[row, -values:, -1] += torch.sigmoid(seen @ B1[:, -1]) * A2[-values:, :h] @ later[row, token]
+    H[~mask] = torch.nan
+    assert_close(with_task(S, H, later, A2, B1, mask, values), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("targets", [("self_attn.o_proj",), ("self_attn.o_proj", "mlp.down_proj")])
+def test_a_task_is_read_where_the_next_adapted_block_begins(llama, generator_for, tokens, targets):
+    plain, apart = (generator_for(llama, targets=targets, blocks=(0, 2), chunk=32, task_values=5, **more) for more in ({}, {"task_blocks": (0,)}))
+    ids, own = tokens(b, n), len(targets)
+    H = [rms_norm(each, g.norm) for each, g in zip(block_inputs(llama, apart.layers, input_ids=ids), apart.by_layer, strict=True)]
+    S = plain.read(llama, ids).S
+    for layer, g in enumerate(apart.by_layer[:own]):
+        S[layer] = with_task(S[layer], H[layer], H[own], g.A2, g.B1, torch.ones(b, n, dtype=torch.bool), 5)
+    assert_same_state(apart.read(llama, ids), ContextState(S, torch.full((b,), n)))
 
 
 @pytest.mark.parametrize("norm", method.NORMS)
@@ -404,6 +431,8 @@ def test_a_quantised_lm_is_read_and_adapted_but_never_merged_into(tiny_lm, gener
         ({"rank": 0}, "rank=0 asked"),
         ({"targets": ("nothing",)}, "'nothing'.*LlamaForCausalLM.*self_attn.o_proj"),
         ({"blocks": (9,)}, r"blocks \(9,\)"),
+        ({"task_blocks": (0, 2)}, r"task_blocks=\(0, 2\) asked, but tasks are read in a later block and 2 is the last; leave it out"),
+        ({"task_blocks": (0,), "task_values": 128}, "task_values=128 asked of 128 values; choose 1 to 127"),
     ],
 )
 def test_settings_that_cannot_work_say_why(settings, message, llama):

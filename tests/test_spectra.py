@@ -212,8 +212,9 @@ def test_token_shares_are_those_of_the_equation(any_lm, generator_for, tokens, l
 
 
 @pytest.mark.parametrize("encode", ["parallel", "sequential"])
-def test_token_shares_of_a_direction_sum_to_one(llama, generator_for, tokens, encode):
-    generator = generator_for(llama, encode=encode, chunk=5)
+@pytest.mark.parametrize("tasks", [{}, {"task_blocks": (0, 1), "task_values": 5}])
+def test_token_shares_of_a_direction_sum_to_one(llama, generator_for, tokens, encode, tasks):
+    generator = generator_for(llama, encode=encode, chunk=5, **tasks)
     np.testing.assert_allclose(token_shares(llama, generator, tokens(1, 23)).sum(1), 1, atol=1e-4)
     assert "contribution" not in vars(generator)
 

@@ -22,7 +22,7 @@ from transformers import GPT2Config
 
 from minigen import training
 from minigen.evaluation import WORDINGS, saved_for_backward
-from minigen.formats import load_generator
+from minigen.formats import load_generator, save_generator
 from minigen.generator import AdapterGenerator, GeneratorConfig, block_inputs, rms_norm, token_embeddings
 from minigen.models import load_lm
 from minigen.tasks import DATA, BadData, Document, Question, read_documents, world_document
@@ -459,6 +459,16 @@ def test_a_run_that_goes_on_from_another_says_so_and_has_other_documents(lm_fold
     cards = [json.loads((folder / "generator.json").read_text())["provenance"] for folder in (first, second, third)]
     expected = [("regression", 0, 2), (str(first), 2, 4), (str(second), 6, 1)]
     assert [(card["begin"], card["first"], card["steps"]) for card in cards] == expected
+
+
+def test_a_run_takes_over_the_settings_of_the_generator_that_it_begins_with(lm_folder, tmp_path):
+    lm, _ = load_lm(str(lm_folder))
+    config = replace(TINY, alpha=2 * TINY.alpha)
+    save_generator(tmp_path / "given", AdapterGenerator.for_lm(lm, config), lm, str(lm_folder), {"recipe": "tiny", "first": 0, "steps": 5})
+    train("tiny", tmp_path / "run", str(lm_folder), steps=1, begin=tmp_path / "given")
+    card = json.loads((tmp_path / "run" / "generator" / "generator.json").read_text())
+    assert load_generator(tmp_path / "run" / "generator", lm).config == config
+    assert (card["provenance"]["first"], card["provenance"]["settings"]["config"]["alpha"]) == (5, config.alpha)
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest(lm_and_tokenizer):
