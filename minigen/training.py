@@ -491,11 +491,12 @@ def layer_inputs(lm: PreTrainedModel, names: list[str], input_ids: Tensor) -> li
 class Progress:
     """Where a run stands; with the weights and the optimiser's state, all that resuming needs.
 
-    first: the step of its source that it began at, behind those of the runs that it goes on from.
+    first: the step of its source that it began at, behind those of the runs that it goes on from.  config: its generator's, as text.
     """
 
     recipe: str
     begin: str
+    config: str = ""
     first: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -556,14 +557,13 @@ def train(
         shapes = [{name: weight.shape for name, weight in each.state_dict().items()} for each in (trained, generator)]
         if trained.layers != generator.layers or shapes[0] != shapes[1]:
             raise BadData(f"--generator {begin} asked, but recipe {recipe_name!r} trains other layers or sizes; choose the recipe that made it ({CARD})")
-        recipe = replace(recipe, config=trained.config)
-        generator = AdapterGenerator.for_lm(lm, trained.config)
-        generator.load_state_dict(trained.state_dict())
+        recipe, generator = replace(recipe, config=trained.config), trained.train().requires_grad_()
         before = json.loads((Path(begin) / CARD).read_text())["provenance"]
         progress.first = before.get("first", 0) + before.get("steps", 0)
     elif not resume:
         rng = random.Random(f"{recipe.seed} start")
         start_by_regression(generator, lm, tokenizer, [source.document(rng, whole=True) for _ in range(recipe.start_from)], recipe.gain)
+    progress.config = repr(generator.config)
     objective = Objective(generator.to(accelerator.device), lm, tokenizer, recipe.objectives, recipe.pieces, recipe.checkpointing, recipe.asked)
     objective, *optimizers = accelerator.prepare(objective, *recipe_optimizers(recipe, generator))
     if resume:
@@ -578,6 +578,8 @@ def train(
                 f"--resume of recipe {recipe_name!r} asked, but {out}/checkpoint is of another generator, or of another number of processes "
                 f"({reason}); name the folder of its own run"
             ) from None
+        if progress.config != repr(generator.config):
+            raise BadData(f"--resume asked, but {out}/checkpoint is of a generator with other settings; give the --generator that its run began with")
 
     def done() -> float:
         return progress.step / steps if steps else progress.seconds / (60 * minutes)

@@ -469,6 +469,10 @@ def test_a_run_takes_over_the_settings_of_the_generator_that_it_begins_with(lm_f
     card = json.loads((tmp_path / "run" / "generator" / "generator.json").read_text())
     assert load_generator(tmp_path / "run" / "generator", lm).config == config
     assert (card["provenance"]["first"], card["provenance"]["settings"]["config"]["alpha"]) == (5, config.alpha)
+    with pytest.raises(BadData, match="other settings; give the --generator"):
+        train("tiny", tmp_path / "run", str(lm_folder), steps=2, resume=True)
+    train("tiny", tmp_path / "run", str(lm_folder), steps=2, resume=True, begin=tmp_path / "given")
+    assert load_generator(tmp_path / "run" / "generator", lm).config == config
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest(lm_and_tokenizer):
