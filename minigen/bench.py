@@ -240,7 +240,7 @@ def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]
         if without != "packing by length":
             return source.batch(step)[0]
         rng = random.Random(step)
-        return [source.context(rng) for _ in range(recipe.contexts)]
+        return [source.document(rng) for _ in range(recipe.contexts)]
 
     def context_pass(ids: Tensor, without: str | None) -> list[Tensor]:
         if without == "context pass without gradient":

@@ -26,7 +26,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """A context, what is asked about it, and the task that it is one of several contexts of, if any."""
+    """A context, what is asked about it, and the task that it shows by examples, if it does."""
 
     text: str
     questions: tuple[Question, ...]
@@ -173,7 +173,7 @@ def world_task(rng: random.Random) -> Document:
     rng.shuffle(shown)
     text = "\n\n".join(f"{question_prompt(open_value(kind, rng))} {labels[kind]}" for kind in shown)
     asked = [rng.choice(kinds) for _ in range(10)]
-    return Document(text, tuple(Question(open_value(kind, rng), (labels[kind],), tuple(labels.values())) for kind in asked))
+    return Document(text, tuple(Question(open_value(kind, rng), (labels[kind],), tuple(labels.values())) for kind in asked), "examples")
 
 
 def lesson(rng: random.Random) -> Document:
@@ -192,7 +192,7 @@ def shown_by_examples(examples: Sequence[Question], rng: random.Random) -> Docum
     examples, count = rng.sample(examples, len(examples)), rng.randint(4, 8)
     known = {example.answers[0] for example in examples[:count]}
     asked = [example for example in examples[count:] if example.answers[0] in known or not example.options]
-    return Document(demonstrated(examples[:count]), tuple(asked[:10]))
+    return Document(demonstrated(examples[:count]), tuple(asked[:10]), "examples")
 
 
 def demonstrated(examples: Sequence[Question]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
+from einops import einsum
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +40,6 @@ from .tasks import (
     read_prose,
     read_training,
     shown_by_examples,
-    together,
     toy_document,
     toy_vocabulary,
     toy_world,
@@ -159,11 +159,15 @@ class Objective(nn.Module):
         self.generator, self.objectives, self.pieces, self.checkpointing, self.asked = generator, tuple(objectives), pieces, checkpointing, asked
         self._frozen = (lm, tokenizer)  # a tuple, so that the LM is no submodule: neither trained, saved nor synchronised
 
-    def forward(self, documents: list[Document], rngs: list[random.Random]) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each objective the summed loss (nats) and the number of tokens that it was summed over."""
+    def forward(self, documents: list[Document], rngs: list[random.Random], shared: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each objective the summed loss (nats) and the number of tokens that it was summed over; shared: see `sharing`."""
         lm, tokenizer = self._frozen
         pieces = [cut(tokenizer(document.text).input_ids, self.pieces) for document in documents]
-        adapter = self.generator.write(self.prefix_states(pieces))
+        state = self.prefix_states(pieces)
+        if shared > 1:
+            parts = state.S.unflatten(1, (self.pieces, len(documents)))
+            state = replace(state, S=einsum(sharing(documents, shared).to(parts), parts, "b c, l t c p q -> l t b p q").flatten(1, 2))
+        adapter = self.generator.write(state)
         sums = {}
         for kind in self.objectives:
             made = [OBJECTIVES[kind](document, read, tokenizer, rng, self.asked) for document, read, rng in zip(documents, pieces, rngs, strict=True)]
@@ -186,6 +190,16 @@ class Objective(nn.Module):
         inputs = (padded([row[t] for row in pieces], tokenizer.pad_token_id) for t in range(self.pieces))
         states = list(accumulate(self.generator.read(lm, ids.to(lm.device), mask.to(lm.device)) for ids, mask in inputs))
         return ContextState(torch.cat([state.S for state in states], dim=1), torch.cat([state.tokens for state in states]))
+
+
+def sharing(documents: list[Document], size: int) -> Tensor:
+    """Whose states are added up for each document, as if it stood in one long text with them: 1 or 0, (document, other).
+
+    States add (eq. 3), so practice with long contexts costs no more than with short ones. Every n-th document of a step belongs together,
+    n = documents / size; one that shows a task by examples stays alone, for its questions do not name the task.
+    """
+    group, alone = torch.arange(len(documents)) % max(1, len(documents) // size), torch.tensor([bool(document.task) for document in documents])
+    return torch.where(alone[:, None] | alone, torch.eye(len(documents)), (group[:, None] == group).float())
 
 
 @contextmanager
@@ -229,8 +243,8 @@ class Recipe:
     """Everything that decides a training run but the LM and the time it gets.
 
     mixture: share of each source in a step's documents.  sentences / facts / paragraphs: sizes of an excerpt / a world document or dialogue / a raw text.
-    documents: how many of them, of any source, are joined to one context.
     asked: how many questions about a context.
+    shared: how many contexts' states are added up to one for all of them, drawn from these for each step.
     objectives: name -> weight.  pieces: how many a context is read in, with an adapter after each.  precision: the frozen LM's.
     checkpointing: keep less for the backward pass and compute it again, a third slower.
     steady: share of the run at full learning rate; it then falls linearly to a twentieth.
@@ -245,11 +259,11 @@ class Recipe:
     precision: str = "bfloat16"
     checkpointing: bool = False
     contexts: int = 8
-    documents: tuple[int, int] = (1, 1)
     sentences: tuple[int, int] = (1, 8)
     facts: tuple[int, int] = (1, 8)
     paragraphs: tuple[int, int] = (1, 4)
     asked: int = 4
+    shared: tuple[int, ...] = (1,)
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -284,7 +298,7 @@ FACTS = Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10,
 RECIPES = {
     "facts": FACTS,
     "pretrain": Recipe(LAPTOP, {"text": 1.0}, {"completion": 1.0, "reconstruction": 1.0}, pieces=4, optimizer="muon", learning_rate=2.5e-4),
-    "instruct": replace(FACTS, mixture=INSTRUCTED),
+    "instruct": replace(FACTS, config=replace(LAPTOP, task_blocks=(20, 21)), mixture=INSTRUCTED, shared=(1, 2, 4, 8)),
     "mistral-7b": Recipe(PAPER, TOLD, RECALL, facts=(4, 8), checkpointing=True, learning_rate=5e-5, warmup=100),
     "closed-lists": Recipe(LAPTOP, {"closed world": 1.0}, {"answers": 1.0}),
     "toy": Recipe(TOY, {"toy world": 1.0}, {"answers": 1.0}, precision="float32", contexts=32, learning_rate=2e-3, gain=1.0),
@@ -349,10 +363,9 @@ class Source:
             return shown_by_examples(own, rng) if own else rng.choice((world_task, lesson, lesson))(rng)
         return world_document(rng, self.recipe.facts, "open" if kind == "world" else "closed", rivals=kind == "rivals")
 
-    def context(self, rng: random.Random) -> Document:
-        """A few documents together; where there is nothing to choose, no random number is drawn for how many."""
-        fewest, most = self.recipe.documents
-        return together([self.document(rng) for _ in range(rng.randint(fewest, most) if fewest < most else fewest)])
+    def shared(self, step: int) -> int:
+        """How many of a step's contexts have their states added up; the same in every process."""
+        return random.Random(f"{self.recipe.seed} shared {step}").choice(self.recipe.shared)
 
     def held_out(self) -> list[Document]:
         """Documents to validate on, which no step draws: of the toy world for the toy, else natural prose."""
@@ -364,7 +377,7 @@ class Source:
         """A step's documents, each with its own random numbers: of a pool for POOL steps the ones of like length, so that little is padding."""
         pool, place = divmod(step, POOL)
         rng = random.Random(f"{self.recipe.seed} {pool}")
-        documents = sorted((self.context(rng) for _ in range(POOL * self.recipe.contexts)), key=lambda d: len(d.text))
+        documents = sorted((self.document(rng) for _ in range(POOL * self.recipe.contexts)), key=lambda d: len(d.text))
         order = rng.sample(range(POOL), POOL)
         first = order[place] * self.recipe.contexts
         chosen = range(first, first + self.recipe.contexts)
@@ -532,7 +545,8 @@ def train(
 ) -> dict[str, float]:
     """Train a generator for `minutes` or `steps` and leave it in the folder `out`; returns the last validation.
 
-    Several processes (`accelerate launch`) share each step's documents among them, and go the same way as one.
+    Several processes (`accelerate launch`) share each step's documents among them, and go the same way as one; only that states are added up
+    of at most the documents that a process has.
     out/checkpoint holds the newest complete checkpoint (weights, optimiser, random state, progress); resume=True goes on from
     it: under `steps` the result is the one that an uninterrupted run would have had. begin: a generator's folder to train on
     from, in place of a start by regression, with its settings and the documents that come after its own.
@@ -603,7 +617,9 @@ def train(
             group["lr"] = learning_rate
         share = slice(accelerator.process_index, None, accelerator.num_processes)
         with accelerator.accumulate(objective):
-            losses = mean_losses(objective(*(part[share] for part in source.batch(progress.first + progress.step))), recipe.objectives, accelerator)
+            step = progress.first + progress.step
+            shared = source.shared(step)
+            losses = mean_losses(objective(*(part[share] for part in source.batch(step)), shared), recipe.objectives, accelerator)
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(generator.parameters(), recipe.clip)

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ from minigen.training import (
     rate,
     recipe_optimizers,
     reconstruction,
+    sharing,
     start_by_regression,
     target_losses,
     toy_row,
@@ -196,6 +198,27 @@ def test_every_piece_is_answered_by_the_adapter_of_what_was_read_so_far(lm_and_t
     assert sums["completion"][1] == len(torch.cat(by_hand))
 
 
+def test_documents_that_share_a_state_are_read_as_one_and_tasks_alone():
+    documents = [Document(name, (), "sorting" if name == "d" else "") for name in "abcdefgh"]
+    who = {size: ["".join(d.text for d, weight in zip(documents, row, strict=True) if weight) for row in sharing(documents, size)] for size in (1, 2, 4, 8)}
+    assert who[1] == [*"abcdefgh"]
+    assert who[2] == ["ae", "bf", "cg", "d", "ae", "bf", "cg", "h"]
+    assert who[4] == ["aceg", "bfh", "aceg", "d", "aceg", "bfh", "aceg", "bfh"]
+    assert who[8] == ["abcefgh"] * 3 + ["d"] + ["abcefgh"] * 4
+
+
+def test_a_shared_state_is_the_sum_of_its_documents(lm_and_tokenizer, generator_for):
+    lm, tokenizer = lm_and_tokenizer
+    generator = generator_for(lm, targets=("mlp.down_proj",))
+    documents, rngs = [world_document(random.Random(seed), (3, 3)) for seed in range(2)], [random.Random(0), random.Random(1)]
+    sums = training.Objective(generator, lm, tokenizer, ["answers"], pieces=2)(documents, rngs, shared=2)["answers"]
+    pieces = [torch.tensor([piece]) for document in documents for piece in cut(tokenizer(document.text).input_ids, 2)]
+    state = reduce(add, (generator.read(lm, piece) for piece in pieces))
+    targets = [target for seed, document in enumerate(documents) for target in answers(document, [[1]], tokenizer, random.Random(seed))[0]]
+    with generator.write(state).applied_to(lm):
+        assert_close(sums[0], target_losses(lm, tokenizer.pad_token_id, targets)[0].sum(), atol=1e-4, rtol=1e-5)
+
+
 def test_target_losses_are_the_cross_entropy_of_all_logits(any_lm):
     source = random.Random(0)
     targets = [Target([source.randrange(1, 61) for _ in range(length)], start) for length, start in ((9, 4), (5, 1), (13, 12))]
@@ -284,13 +307,11 @@ def test_a_step_has_the_same_documents_whenever_it_runs(mixture):
         assert len({tuple(one.batch(step)[0]) for step in range(8)}) == 8
 
 
-def test_a_context_joins_documents_and_asks_about_each():
-    lone = Source(replace(RECIPE, mixture={"world": 1.0}, facts=(2, 2)), [])
-    joining = Source(replace(lone.recipe, documents=(1, 3)), [])
-    contexts = [joining.context(random.Random(seed)) for seed in range(30)]
-    assert {(1 + c.text.count("\n\n"), len(c.questions)) for c in contexts} == {(1, 2), (2, 4), (3, 6)}
-    assert all(question.answers[0] in context.text for context in contexts for question in context.questions)
-    assert lone.context(random.Random(0)) == lone.document(random.Random(0))
+def test_every_process_shares_states_alike_and_each_size_has_its_turn():
+    one, other = (Source(replace(RECIPE, shared=(1, 2, 4)), []) for _ in range(2))
+    sizes = [one.shared(step) for step in range(40)]
+    assert {*sizes} == {1, 2, 4} and sizes == [other.shared(step) for step in range(40)]
+    assert {Source(RECIPE, []).shared(step) for step in range(40)} == {1}
 
 
 def test_raw_text_that_nobody_named_is_pythons_manual(tmp_path):
@@ -487,7 +508,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(lm_and_tokenizer):
 def test_two_processes_go_the_way_of_one(lm_folder, tmp_path):
     script, histories = tmp_path / "launched.py", []
     script.write_text(LAUNCHED)
-    recipe = repr(vars(RECIPE) | {"contexts": 5, "precision": "float32"})
+    recipe = repr(vars(RECIPE) | {"contexts": 5, "precision": "float32", "shared": (1, 2)})
     for count in (1, 2):
         out = tmp_path / f"run{count}"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", str(script), str(out), str(lm_folder), recipe]
