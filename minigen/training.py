@@ -292,7 +292,7 @@ TABLE_2 = Recipe(
     gain=1.0,
 )
 TOLD = {"prose": 0.35, "world": 0.05, "closed world": 0.25, "rivals": 0.35}
-INSTRUCTED = {"prose": 0.34, "world": 0.03, "closed world": 0.15, "rivals": 0.1, "dialogues": 0.08, "tasks": 0.3}
+INSTRUCTED = {"prose": 0.5, "world": 0.03, "closed world": 0.08, "rivals": 0.06, "dialogues": 0.08, "tasks": 0.25}
 RECALL = {"answers": 1.0, "reconstruction": 0.2}
 FACTS = Recipe(LAPTOP, TOLD, RECALL, sentences=(3, 12), facts=(5, 10), asked=10, optimizer="muon", learning_rate=2.5e-4)
 RECIPES = {
