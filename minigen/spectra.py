@@ -295,7 +295,7 @@ def promotion_figure(logits: Float[np.ndarray, "r v"], vocabulary: Sequence[str]
         place = 1 + int((signed > signed[answer]).sum())
         axes.barh(range(len(top)), signed[top], color=[RANK if token == answer else KEPT for token in top])
         axes.set_yticks(range(len(top)), [repr(vocabulary[token]) for token in top], parse_math=False)
-        axes.set_xlabel(f"logit\nanswer {vocabulary[answer]!r}: {signed[answer]:+.2f}, place {place:,} of {len(signed):,}", parse_math=False)
+        axes.set_xlabel(f"logit\n{vocabulary[answer]!r}: {signed[answer]:+.2f}, place {place:,} of {len(signed):,}", parse_math=False)
         axes.set_title(f"direction {direction} fires {'+' if sign > 0 else '−'}")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
