@@ -6,19 +6,20 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 from einops import einsum
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, one_hot
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -110,23 +111,31 @@ OBJECTIVES: dict[str, Callable[..., list[list[Target]]]] = {
 }
 
 
-def target_logits(lm: PreTrainedModel, pad: int, targets: list[Target], begun: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The LM's logits (fp32) for every target token, the token, and the row it stands in; the LM head runs only where there is a target.
+def target_logits(
+    lm: PreTrainedModel, pad: int, targets: Sequence[Target], begun: Cache | None = None, together: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The LM's logits (fp32) for every target token, the token, and the number of its target; the LM head runs only where there is a target.
 
     begun: keys and values of what all targets begin with, as `read_beginning` gives it.
+    together: how many neighbouring targets stand in each row, unseen by each other, so that little is padding; without it, one.
     """
-    known = length(begun)
-    ids, mask = (t.to(lm.device) for t in padded([t.tokens[known:] for t in targets], pad))
-    position = torch.arange(1, ids.shape[1], device=ids.device)
-    start = torch.tensor([t.start - known for t in targets], device=ids.device)
-    wanted = mask[:, 1:].bool() & (position >= start[:, None])
-    hidden = lm.base_model(ids[:, :-1], past_key_values=repeated(begun, len(targets)), use_cache=begun is not None).last_hidden_state
+    known, order = length(begun), iter(targets)
+    rows = [[*islice(order, count)] for count in together or [1] * len(targets)]
+
+    def in_rows(part: Callable[[Target], Iterable[int]], fill: int = 0) -> Tensor:
+        return padded([[number for target in row for number in part(target)] for row in rows], fill)[0].to(lm.device)
+
+    ids, following = in_rows(lambda t: t.tokens[known:-1], pad), in_rows(lambda t: t.tokens[known + 1 :])
+    wanted = in_rows(lambda t: [place >= t.start for place in range(known + 1, len(t.tokens))]).bool()
+    position = in_rows(lambda t: range(known, len(t.tokens) - 1)) if together else None  # attention, too, begins anew where these do
+    hidden = lm.base_model(ids, position_ids=position, past_key_values=repeated(begun, len(rows)), use_cache=begun is not None).last_hidden_state
     logits = lm.get_output_embeddings()(hidden[wanted.to(hidden.device)]).float()
-    return logits, ids[:, 1:][wanted].to(logits.device), wanted.nonzero()[:, 0]
+    which = [number for number, t in enumerate(targets) for _ in range(max(t.start, known + 1), len(t.tokens))]
+    return logits, following[wanted].to(logits.device), torch.tensor(which, device=logits.device)
 
 
 def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target], begun: Cache | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (nats) of every target token, and the row it stands in."""
+    """Cross-entropy (nats) of every target token, and the number of its target."""
     logits, tokens, rows = target_logits(lm, pad, targets, begun)
     return cross_entropy(logits, tokens, reduction="none"), rows
 
@@ -160,46 +169,53 @@ class Objective(nn.Module):
         self._frozen = (lm, tokenizer)  # a tuple, so that the LM is no submodule: neither trained, saved nor synchronised
 
     def forward(self, documents: list[Document], rngs: list[random.Random], shared: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each objective the summed loss (nats) and the number of tokens that it was summed over; shared: see `sharing`."""
+        """For each objective the summed loss (nats) and the number of tokens that it was summed over; shared: see `sharing`, of that size."""
         lm, tokenizer = self._frozen
         pieces = [cut(tokenizer(document.text).input_ids, self.pieces) for document in documents]
-        state = self.prefix_states(pieces)
-        if shared > 1:
-            parts = state.S.unflatten(1, (self.pieces, len(documents)))
-            state = replace(state, S=einsum(sharing(documents, shared).to(parts), parts, "b c, l t c p q -> l t b p q").flatten(1, 2))
-        adapter = self.generator.write(state)
-        sums = {}
+        group = sharing(documents, shared)
+        state = self.prefix_states(pieces, group)
+        rows: list[list[tuple[str, Target]]] = [[] for _ in range(self.pieces * len(documents))]
         for kind in self.objectives:
-            made = [OBJECTIVES[kind](document, read, tokenizer, rng, self.asked) for document, read, rng in zip(documents, pieces, rngs, strict=True)]
-            used = [t for t in range(self.pieces) if made[0][t]]
-            rows = slice(used[0] * len(documents), (used[-1] + 1) * len(documents))
-            targets = [target for t in used for of_document in made for target in of_document[t]]
-            teacher = taught(lm, tokenizer.pad_token_id, targets) if targets[0].seen else None
-            with adapter[rows].applied_to(lm), blocks_computed_twice(lm, adapter[rows]) if self.checkpointing else nullcontext():
-                logits, tokens, _ = target_logits(lm, tokenizer.pad_token_id, targets)
-            if teacher is None:
-                losses = cross_entropy(logits, tokens, reduction="none")
-            else:  # KL(teacher || adapted LM)
-                losses = kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="none").sum(-1)
-            sums[kind] = (losses.sum(), torch.tensor(len(losses), device=losses.device))
+            for n, (document, read, rng) in enumerate(zip(documents, pieces, rngs, strict=True)):
+                for t, found in enumerate(OBJECTIVES[kind](document, read, tokenizer, rng, self.asked)):
+                    rows[t * len(documents) + n] += [(kind, target) for target in found]
+        used = [n for n, row in enumerate(rows) if row]
+        whose = torch.cat([group + t * len(group.unique()) for t in range(self.pieces)])[used]
+        kinds, targets = zip(*(each for n in used for each in rows[n]), strict=True)
+        adapter = self.generator.write(state)[whose]
+        with adapter.applied_to(lm), blocks_computed_twice(lm, adapter) if self.checkpointing else nullcontext():
+            logits, tokens, which = target_logits(lm, tokenizer.pad_token_id, targets, together=[len(rows[n]) for n in used])
+        losses, sums = cross_entropy(logits, tokens, reduction="none"), {}
+        for kind in self.objectives:
+            own = torch.tensor([other == kind for other in kinds], device=which.device)[which]
+            if kind == "distillation":  # KL(teacher || adapted LM)
+                teacher = taught(lm, tokenizer.pad_token_id, [target for other, target in zip(kinds, targets, strict=True) if other == kind])
+                total = kl_div(logits[own].log_softmax(-1), teacher, log_target=True, reduction="sum")
+            else:
+                total = losses[own].sum()
+            sums[kind] = (total, own.sum())
         return sums
 
-    def prefix_states(self, pieces: list[list[list[int]]]) -> ContextState:
-        """What is known after each piece, one row per piece and document, pieces first.   S_t = S_{t-1} + A2 H_t^T H_t B1 (eq. 3)"""
+    def prefix_states(self, pieces: list[list[list[int]]], group: Int[Tensor, " b"]) -> ContextState:
+        """What is known after each piece, one row per piece and group of documents, pieces first.   S_t = S_{t-1} + A2 H_t^T H_t B1 (eq. 3)"""
         lm, tokenizer = self._frozen
         inputs = (padded([row[t] for row in pieces], tokenizer.pad_token_id) for t in range(self.pieces))
         states = list(accumulate(self.generator.read(lm, ids.to(lm.device), mask.to(lm.device)) for ids, mask in inputs))
-        return ContextState(torch.cat([state.S for state in states], dim=1), torch.cat([state.tokens for state in states]))
+        member = one_hot(group).to(states[0].S)
+        S = [einsum(member, state.S, "b g, l b p q -> l g p q") for state in states]
+        tokens = [einsum(member, state.tokens.to(member), "b g, b -> g") for state in states]
+        return ContextState(torch.cat(S, dim=1), torch.cat(tokens).long())
 
 
-def sharing(documents: list[Document], size: int) -> Tensor:
-    """Whose states are added up for each document, as if it stood in one long text with them: 1 or 0, (document, other).
+def sharing(documents: list[Document], size: int) -> Int[Tensor, " b"]:
+    """Groups of about so many documents, by number: the states of each are added up, as if it were one long text.
 
     States add (eq. 3), so practice with long contexts costs no more than with short ones. Every n-th document of a step belongs together,
     n = documents / size; one that shows a task by examples stays alone, for its questions do not name the task.
     """
-    group, alone = torch.arange(len(documents)) % max(1, len(documents) // size), torch.tensor([bool(document.task) for document in documents])
-    return torch.where(alone[:, None] | alone, torch.eye(len(documents)), (group[:, None] == group).float())
+    count = max(1, len(documents) // size)
+    groups = [count + n if document.task else n % count for n, document in enumerate(documents)]
+    return torch.tensor(groups).unique(return_inverse=True)[1]
 
 
 @contextmanager

@@ -200,11 +200,13 @@ def test_every_piece_is_answered_by_the_adapter_of_what_was_read_so_far(lm_and_t
 
 def test_documents_that_share_a_state_are_read_as_one_and_tasks_alone():
     documents = [Document(name, (), "sorting" if name == "d" else "") for name in "abcdefgh"]
-    who = {size: ["".join(d.text for d, weight in zip(documents, row, strict=True) if weight) for row in sharing(documents, size)] for size in (1, 2, 4, 8)}
+    groups = {size: sharing(documents, size).tolist() for size in (1, 2, 4, 8)}
+    who = {size: ["".join(d.text for d, g in zip(documents, group, strict=True) if g == own) for own in group] for size, group in groups.items()}
     assert who[1] == [*"abcdefgh"]
     assert who[2] == ["ae", "bf", "cg", "d", "ae", "bf", "cg", "h"]
     assert who[4] == ["aceg", "bfh", "aceg", "d", "aceg", "bfh", "aceg", "bfh"]
     assert who[8] == ["abcefgh"] * 3 + ["d"] + ["abcefgh"] * 4
+    assert all(sorted({*group}) == [*range(len({*group}))] for group in groups.values())
 
 
 def test_a_shared_state_is_the_sum_of_its_documents(lm_and_tokenizer, generator_for):
