@@ -223,7 +223,8 @@ TRICKS = (
     "context pass without gradient",
     "no block above the last adapted one",
     "LM head only where there is loss",
-    "packing by length",
+    "contexts of like length in a step",
+    "the questions about a context in one row",
 )
 
 
@@ -237,7 +238,7 @@ def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]
     every_block = adapted_layers(lm, replace(recipe.config, blocks=None))
 
     def contexts(step: int, without: str | None) -> list[Document]:
-        if without != "packing by length":
+        if without != "contexts of like length in a step":
             return source.batch(step)[0]
         rng = random.Random(step)
         return [source.document(rng) for _ in range(recipe.contexts)]
@@ -260,8 +261,9 @@ def bench_training(lm_name: str, recipe: Recipe, repeats: int = 2) -> list[dict]
         if without == "LM head only where there is loss":
             targets = [replace(target, start=1) for target in targets]
         ids, mask = padded(texts, pad)
+        together = None if without == "the questions about a context in one row" else [len(targets) // len(texts)] * len(texts)
         with generator.write(generator.contribution(context_pass(ids, without), token_embeddings(lm, ids), mask.bool())).applied_to(lm):
-            target_losses(lm, pad, targets)[0].mean().backward()
+            target_losses(lm, pad, targets, together=together)[0].mean().backward()
         generator.zero_grad()
         return time.perf_counter() - began
 

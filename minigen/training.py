@@ -134,10 +134,12 @@ def target_logits(
     return logits, following[wanted].to(logits.device), torch.tensor(which, device=logits.device)
 
 
-def target_losses(lm: PreTrainedModel, pad: int, targets: list[Target], begun: Cache | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (nats) of every target token, and the number of its target."""
-    logits, tokens, rows = target_logits(lm, pad, targets, begun)
-    return cross_entropy(logits, tokens, reduction="none"), rows
+def target_losses(
+    lm: PreTrainedModel, pad: int, targets: Sequence[Target], begun: Cache | None = None, together: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats) of every target token, and the number of its target; begun, together: `target_logits`."""
+    logits, tokens, which = target_logits(lm, pad, targets, begun, together)
+    return cross_entropy(logits, tokens, reduction="none"), which
 
 
 @torch.no_grad()
@@ -150,7 +152,8 @@ def taught(lm: PreTrainedModel, pad: int, targets: list[Target]) -> Tensor:
 class Objective(nn.Module):
     """What a step is judged by: read the contexts piece by piece, write an adapter after each, predict every objective's targets with it on.
 
-    An objective names, for every piece, the targets of the adapter that was written after it; equally many in every document.
+    An objective names, for every piece, the targets of the adapter that was written after it. Those of one document and piece stand in one
+    row, and one pass of the LM predicts them all.
     asked: how many questions about each, where an objective asks any.
     """
 

@@ -233,6 +233,17 @@ def test_target_losses_are_the_cross_entropy_of_all_logits(any_lm):
     assert rows.tolist() == [0] * 5 + [1] * 4 + [2]
 
 
+@pytest.mark.parametrize("together", [[3], [2, 1, 4], [1, 1]], ids=str)
+def test_targets_in_one_row_do_not_see_each_other(any_lm, together):
+    source = random.Random(0)
+    lengths = [source.randint(2, 9) for _ in range(sum(together))]
+    targets = [Target([source.randrange(1, 61) for _ in range(length)], source.randint(1, length - 1)) for length in lengths]
+    losses, numbers = target_losses(any_lm, 0, targets, together=together)
+    alone, numbers_alone = target_losses(any_lm, 0, targets)
+    assert_close(losses, alone, atol=1e-5, rtol=1e-5)
+    assert numbers.tolist() == numbers_alone.tolist()
+
+
 def test_the_loss_is_the_weighted_sum_and_reaches_every_parameter(lm_and_tokenizer, generator_for):
     lm, tokenizer = lm_and_tokenizer
     generator = generator_for(lm, targets=("mlp.down_proj",)).requires_grad_()
