@@ -176,16 +176,16 @@ class Objective(nn.Module):
         lm, tokenizer = self._frozen
         pieces = [cut(tokenizer(document.text).input_ids, self.pieces) for document in documents]
         group = sharing(documents, shared)
-        state = self.prefix_states(pieces, group)
+        whose = torch.cat([group + t * len(group.unique()) for t in range(self.pieces)])
+        state = added_up(self.prefix_states(pieces), whose)
         rows: list[list[tuple[str, Target]]] = [[] for _ in range(self.pieces * len(documents))]
         for kind in self.objectives:
             for n, (document, read, rng) in enumerate(zip(documents, pieces, rngs, strict=True)):
                 for t, found in enumerate(OBJECTIVES[kind](document, read, tokenizer, rng, self.asked)):
                     rows[t * len(documents) + n] += [(kind, target) for target in found]
         used = [n for n, row in enumerate(rows) if row]
-        whose = torch.cat([group + t * len(group.unique()) for t in range(self.pieces)])[used]
         kinds, targets = zip(*(each for n in used for each in rows[n]), strict=True)
-        adapter = self.generator.write(state)[whose]
+        adapter = self.generator.write(state)[whose[used]]
         with adapter.applied_to(lm), blocks_computed_twice(lm, adapter) if self.checkpointing else nullcontext():
             logits, tokens, which = target_logits(lm, tokenizer.pad_token_id, targets, together=[len(rows[n]) for n in used])
         losses, sums = cross_entropy(logits, tokens, reduction="none"), {}
@@ -199,15 +199,12 @@ class Objective(nn.Module):
             sums[kind] = (total, own.sum())
         return sums
 
-    def prefix_states(self, pieces: list[list[list[int]]], group: Int[Tensor, " b"]) -> ContextState:
-        """What is known after each piece, one row per piece and group of documents, pieces first.   S_t = S_{t-1} + A2 H_t^T H_t B1 (eq. 3)"""
+    def prefix_states(self, pieces: list[list[list[int]]]) -> ContextState:
+        """What is known after each piece, one row per piece and document, pieces first.   S_t = S_{t-1} + A2 H_t^T H_t B1 (eq. 3)"""
         lm, tokenizer = self._frozen
         inputs = (padded([row[t] for row in pieces], tokenizer.pad_token_id) for t in range(self.pieces))
         states = list(accumulate(self.generator.read(lm, ids.to(lm.device), mask.to(lm.device)) for ids, mask in inputs))
-        member = one_hot(group).to(states[0].S)
-        S = [einsum(member, state.S, "b g, l b p q -> l g p q") for state in states]
-        tokens = [einsum(member, state.tokens.to(member), "b g, b -> g") for state in states]
-        return ContextState(torch.cat(S, dim=1), torch.cat(tokens).long())
+        return ContextState(torch.cat([state.S for state in states], dim=1), torch.cat([state.tokens for state in states]))
 
 
 def sharing(documents: list[Document], size: int) -> Int[Tensor, " b"]:
@@ -219,6 +216,13 @@ def sharing(documents: list[Document], size: int) -> Int[Tensor, " b"]:
     count = max(1, len(documents) // size)
     groups = [count + n if document.task else n % count for n, document in enumerate(documents)]
     return torch.tensor(groups).unique(return_inverse=True)[1]
+
+
+def added_up(state: ContextState, group: Int[Tensor, " b"]) -> ContextState:
+    """The state of every group of rows, by number: the sum of theirs (eq. 3)."""
+    member = one_hot(group).to(state.S)
+    tokens = einsum(member, state.tokens.to(member), "b g, b -> g").long()
+    return ContextState(einsum(member, state.S, "b g, l b p q -> l g p q"), tokens)
 
 
 @contextmanager
