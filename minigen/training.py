@@ -117,8 +117,10 @@ def target_logits(
     """The LM's logits (fp32) for every target token, the token, and the number of its target; the LM head runs only where there is a target.
 
     begun: keys and values of what all targets begin with, as `read_beginning` gives it.
-    together: how many neighbouring targets stand in each row, unseen by each other, so that little is padding; without it, one.
+    together: how many neighbouring targets stand in each row, unseen by each other, so that little is padding; without it, one. Not with begun.
     """
+    if begun is not None and together is not None:
+        raise ValueError("targets together in a row asked, and what they begin with from a cache; with one they would see each other, so give either")
     known, order = length(begun), iter(targets)
     rows = [[*islice(order, count)] for count in together or [1] * len(targets)]
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from transformers import GPT2Config
+from transformers import DynamicCache, GPT2Config
 
 from minigen import training
 from minigen.evaluation import WORDINGS, saved_for_backward
@@ -242,6 +242,12 @@ def test_targets_in_one_row_do_not_see_each_other(any_lm, together):
     alone, numbers_alone = target_losses(any_lm, 0, targets)
     assert_close(losses, alone, atol=1e-5, rtol=1e-5)
     assert numbers.tolist() == numbers_alone.tolist()
+
+
+def test_targets_in_one_row_with_a_cache_are_refused(llama):
+    targets = [Target([1, 2, 3, 4], 2)] * 2
+    with pytest.raises(ValueError, match="give either"):
+        target_losses(llama, 0, targets, begun=DynamicCache(), together=[2])
 
 
 def test_the_loss_is_the_weighted_sum_and_reaches_every_parameter(lm_and_tokenizer, generator_for):
