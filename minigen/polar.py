@@ -23,7 +23,7 @@ def leading_triples(
     """The r leading singular triples of S, so near that U V^T is right to TOLERANCE.   S v_k = sigma_k u_k
 
     Block Lanczos on S^T S with every block made orthogonal to all before it (Golub, Luk and Overton 1981; Musco and Musco 2015): the space
-    K = span(X, S^T S X, (S^T S)^2 X, ...) of a few random columns X grows a block at a time. From 2 r directions on, and whenever it has
+    K = span(X, S^T S X, (S^T S)^2 X, ...) of a few random columns X grows a block at a time. From 5/2 r directions on, and whenever it has
     r / 2 more, a check finds the triples within it (Rayleigh and Ritz, in fp64) and what they miss, z_k = S^T S v_k - sigma_k^2 v_k: both
     v_k and u_k are off by about |z_k| / (sigma_k^2 - cut), cut the largest of S^T S outside K (Davis and Kahan 1970), for which the middle
     one of its values beyond r in K is taken.
@@ -36,19 +36,17 @@ def leading_triples(
     width = max(8, rank // 4)
     block = torch.randn(q, width, generator=torch.Generator().manual_seed(0)).to(S).expand(*S.shape[:-2], q, width)
     block = S.mT @ (S @ block) if start is None else torch.cat([start[..., :rank], block], dim=-1)
-    enough = 2 * rank if start is None else rank + 1
-    basis, images, gram = block[..., :0], S[..., :0], S.new_zeros(*S.shape[:-2], 0, 0, dtype=torch.float64)
+    enough = 5 * rank // 2 if start is None else rank + 1
+    basis, images = block[..., :0], S[..., :0]
     while max(enough, basis.shape[-1] + block.shape[-1]) <= most:
-        for _ in range(2):  # once leaves too much of the space in the block where little is new
-            block = torch.linalg.qr(outside(basis, block)).Q
+        block = torch.linalg.qr(block).Q
+        block = torch.linalg.qr(outside(basis, block)).Q  # again, for where little was new the first time left too much of the space
         basis, images = torch.cat([basis, block], dim=-1), torch.cat([images, S @ block], dim=-1)
         size, new = basis.shape[-1], block.shape[-1]
-        column = images.mT.double() @ images[..., -new:].double()
-        gram = torch.cat([torch.cat([gram, column[..., :-new, :].mT], dim=-2), column], dim=-1)
         block = outside(basis, S.mT @ images[..., -new:])
         if size < enough:
             continue
-        squares, turn = torch.linalg.eigh(gram)
+        squares, turn = torch.linalg.eigh(images.double().mT @ images.double())
         squares, turn = squares.flip(-1).clamp_min(0.0).to(S), turn.flip(-1).to(S)
         real, cut = squares[..., :rank] > NULL_DIRECTION**2 * squares[..., :1], squares[..., (rank + size) // 2 :][..., :1]
         missed = (block @ turn[..., -new:, :rank]).norm(dim=-2)

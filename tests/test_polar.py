@@ -127,8 +127,8 @@ def test_directions_of_the_state_before_save_the_search(monkeypatch, random):
     _, _, before = leading_triples(S, 32)
     later = S + 3e-5 * random(2, 128, 128)
     checks = count_checks(monkeypatch)
-    cold, of_cold = leading_triples(later, 32), len(checks)
-    warm, of_warm = leading_triples(later, 32, start=before), len(checks) - of_cold
+    cold, warm = leading_triples(later, 32), leading_triples(later, 32, start=before)
+    of_cold, of_warm = (len(matrix[0]) for matrix in checks)
     assert of_warm < of_cold
     for U, _, V in (cold, warm):
         assert_close(U @ V[..., :32].mT, normed(svd_norm, later, 32), atol=2e-3, rtol=0)
